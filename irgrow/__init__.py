@@ -1,0 +1,1 @@
+"""irgrow: networks as neuron-level graphs that grow while they train."""

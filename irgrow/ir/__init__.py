@@ -1,0 +1,1 @@
+"""The intermediate representation: networks as values, and the values that describe how they change."""
