@@ -1,0 +1,108 @@
+"""The order of a network: strongly connected parts of its group graph, and the depth of every neuron."""
+
+from __future__ import annotations
+
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from irgrow.ir.errors import CyclicNetwork
+from irgrow.ir.pattern import Dense, Identity
+from irgrow.kernels import graph
+
+if TYPE_CHECKING:
+    from irgrow.ir.network import Bundle, Network
+
+
+def components(network: Network) -> list[tuple[tuple[str, ...], bool]]:
+    """Strongly connected parts of the group graph in topological order, and whether each holds a loop."""
+    parents: dict[str, list[str]] = {name: [] for name in network.groups}
+    loops = set()
+    for bundle in network.bundles.values():
+        if bundle.source == bundle.target:
+            loops.add(bundle.source)
+        else:
+            parents[bundle.target].append(bundle.source)
+    try:
+        return [((name,), name in loops) for name in TopologicalSorter(parents).static_order()]
+    except CycleError:
+        condensed = nx.condensation(nx.DiGraph([(s, t) for t, all_s in parents.items() for s in all_s]))
+        condensed.add_nodes_from(
+            (name, {"members": {name}}) for name, all_s in parents.items() if not all_s and not network.leaving(name)
+        )
+        order = [sorted(condensed.nodes[c]["members"], key=list(parents).index) for c in nx.topological_sort(condensed)]
+        return [(tuple(names), len(names) > 1 or names[0] in loops) for names in order]
+
+
+def levels(network: Network) -> dict[str, NDArray[np.int32]]:
+    """Per group the depth of every neuron; raises CyclicNetwork with one cycle."""
+    found: dict[str, NDArray[np.int32]] = {}
+    for names, cyclic in network.components:
+        for name in names:
+            found[name] = np.zeros(network.groups[name].neurons, np.int32)
+            for bundle in network.entering(name):
+                if bundle.source not in names:
+                    _deepen(network, bundle, found[bundle.source], found[name])
+        if cyclic:
+            _inside(network, names, found)
+        else:
+            norm = network.groups[names[0]].norm
+            if norm is not None and norm.across_units:
+                found[names[0]][:] = found[names[0]].max(initial=0)
+    return {name: found[name] for name in network.groups}
+
+
+def _deepen(network: Network, bundle: Bundle, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
+    """Every neuron of `target` is at least one deeper than its parents in `source`."""
+    if isinstance(bundle.pattern, Dense):
+        if source.size:
+            np.maximum(target, source.max() + 1, out=target)
+    elif isinstance(bundle.pattern, Identity):
+        first = bundle.pattern.start * network.groups[bundle.source].positions
+        part = target[first : first + source.size]
+        np.maximum(part, source + 1, out=part)
+    else:
+        for s, t, _ in bundle.pattern.edges(*network.shapes(bundle)):
+            np.maximum.at(target, t, source[s] + 1)
+
+
+def inside_edges(
+    network: Network, names: tuple[str, ...]
+) -> tuple[NDArray[np.integer], NDArray[np.integer], dict[str, int]]:
+    """The edges among these groups, with neurons numbered group after group; and each group's first number."""
+    first, total = {}, 0
+    for name in names:
+        first[name] = total
+        total += network.groups[name].neurons
+    sources, targets = [], []
+    for name in names:
+        for bundle in network.entering(name):
+            if bundle.source in first:
+                s, t, _ = bundle.pattern.all_edges(*network.shapes(bundle))
+                sources.append(s + first[bundle.source] if first[bundle.source] else s)
+                targets.append(t + first[name] if first[name] else t)
+    if len(sources) == 1:
+        return sources[0], targets[0], first
+    return np.concatenate(sources), np.concatenate(targets), first
+
+
+def _inside(network: Network, names: tuple[str, ...], found: dict[str, NDArray[np.int32]]) -> None:
+    source, target, first = inside_edges(network, names)
+    base = np.concatenate([found[name] for name in names])
+    level = graph.levels(source, target, base.size, base)
+    if level.size and level.min() < 0:
+        cycle = graph.find_cycle(source, target, base.size)
+        ids = np.concatenate([network.ids(name) for name in names])
+        path = [network.neuron(int(ids[n])) for n in cycle]
+        shown = " -> ".join(f"{n.group} neuron {n.id}" for n in [*path[:6], path[0]])
+        raise CyclicNetwork(
+            f"network: {len(path)} neurons feed themselves",
+            shown if len(path) <= 6 else f"a cycle of {len(path)} neurons through {shown}",
+            "no path from a neuron to itself",
+            do="remove one of these edges",
+        )
+    for name in names:
+        found[name] = level[first[name] : first[name] + network.groups[name].neurons]
