@@ -61,13 +61,16 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.core: setup.py constraints.txt | $(VENV)/.made
+	@echo "installing into $(VENV) (minutes the first time: torch is large)"
 	$(PIP) install --quiet -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.dev: setup.py constraints.txt | $(VENV)/.made
+	@echo "installing into $(VENV) (minutes the first time: torch is large)"
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
 	@touch $(VENV)/.core $@
 
 $(VENV)/.bench: setup.py constraints.txt | $(VENV)/.made
+	@echo "installing into $(VENV) (minutes the first time: torch is large)"
 	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
 	@touch $(VENV)/.core $@
