@@ -1,0 +1,402 @@
+"""`Edit`: the only way from one `Network` to the next.
+
+A transaction: it starts from a network, a pass changes it, `finish()` freezes the next network and the
+lineage of every tensor. Nothing of the old network is modified, and an edit that raises leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from irgrow.ir.errors import BadName, BadShape, Refused
+from irgrow.ir.lineage import Axes, Flat, Gather, Lineage
+from irgrow.ir.network import Bundle, Group, Network
+from irgrow.ir.pattern import Conv2d, Dense, Identity, Pattern, Shape, Sparse, size
+from irgrow.ir.units import UnitMap, close, new_start
+
+
+class Edit:
+    """One rewrite in progress: growable tables of groups, bundles and gathers."""
+
+    def __init__(self, network: Network) -> None:
+        self.before = network
+        self.groups = dict(network.groups)
+        self.bundles = dict(network.bundles)
+        self.inputs, self.outputs = network.inputs, network.outputs
+        self.next_serial = network.next_serial
+        self._gathers: dict[str, tuple[Gather, ...]] = {
+            name: (Axes.same(name, tensor),) for name, tensor in network.tensors().items()
+        }
+
+    # ---- groups and bundles -------------------------------------------------------------------------------
+
+    def free_name(self, wanted: str) -> str:
+        """`wanted`, or `wanted_2`, `wanted_3`, ...: the first that is taken by no group or bundle."""
+        taken, name, n = self.groups.keys() | self.bundles.keys(), wanted, 1
+        while name in taken:
+            n += 1
+            name = f"{wanted}_{n}"
+        return name
+
+    def add_group(self, name: str, shape: Sequence[int], **properties: Any) -> Group:
+        """A new group (properties as of `Group`); its units get fresh serials."""
+        if name in self.groups:
+            raise BadName(f"group {name!r}", "a group of that name", "a new name", do="see Edit.free_name")
+        group = Group(name, tuple(shape), **properties)
+        serials = self.next_serial + group.positions * np.arange(group.units, dtype=np.int64)
+        self.next_serial += group.neurons
+        self.groups[name] = group = replace(group, serials=serials)
+        return group
+
+    def add_bundle(
+        self,
+        name: str,
+        source: str,
+        target: str,
+        pattern: Pattern,
+        weight: Tensor,
+        *,
+        trainable: bool = True,
+        gathers: Sequence[Gather] = (),
+    ) -> Bundle:
+        """A new bundle; `gathers` say which old weights its weights come from (none: fresh)."""
+        if name in self.bundles:
+            raise BadName(f"bundle {name!r}", "a bundle of that name", "a new name", do="see Edit.free_name")
+        self.bundles[name] = bundle = Bundle(name, source, target, pattern, weight, trainable)
+        self._gathers[bundle.tensor] = tuple(gathers)
+        return bundle
+
+    def remove_bundle(self, name: str) -> tuple[Bundle, tuple[Gather, ...]]:
+        """Takes a bundle away; returns it and where its weights came from."""
+        bundle = self.bundles.pop(name)
+        return bundle, self._gathers.pop(bundle.tensor)
+
+    def remove_group(self, name: str) -> None:
+        """Takes away a group that no bundle touches."""
+        used = [b.name for b in self.bundles.values() if name in (b.source, b.target)]
+        if used:
+            raise BadName(f"group {name!r}", f"bundles {used} at it", "none", do="remove or redirect them first")
+        for tensor, _ in self.groups.pop(name).tensors():
+            del self._gathers[tensor]
+
+    def redirect(self, name: str, *, source: str | None = None, target: str | None = None) -> None:
+        """The bundle begins or ends at another group of the same shape; its weights stay."""
+        bundle = self.bundles[name]
+        self.bundles[name] = replace(bundle, source=source or bundle.source, target=target or bundle.target)
+
+    def gathers(self, tensor: str) -> tuple[Gather, ...]:
+        """Where a tensor of the network in progress comes from."""
+        return self._gathers[tensor]
+
+    def shapes(self, bundle: str) -> tuple[Shape, Shape]:
+        b = self.bundles[bundle]
+        return self.groups[b.source].shape, self.groups[b.target].shape
+
+    def view(self) -> Network:
+        """The network in progress, not verified."""
+        return Network(self.groups, self.bundles, self.inputs, self.outputs, self.next_serial)
+
+    # ---- values -------------------------------------------------------------------------------------------
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the network in progress, by name."""
+        kind, owner = name.split(".")
+        if kind == "weight":
+            return self.bundles[owner].weight
+        group = self.groups[owner]
+        return group.bias if kind == "bias" else getattr(group.norm, kind)
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Sets a tensor's values; where it comes from stays (the difference is fresh)."""
+        old = self.tensor(name)
+        if value.shape != old.shape:
+            raise BadShape(f"tensor {name!r}", tuple(value.shape), tuple(old.shape))
+        self._put(name, value.detach().to(old))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        kind, owner = name.split(".")
+        if kind == "weight":
+            self.bundles[owner] = replace(self.bundles[owner], weight=value)
+        elif kind == "bias":
+            self.groups[owner] = replace(self.groups[owner], bias=value)
+        else:
+            norm: Any = self.groups[owner].norm
+            self.groups[owner] = replace(self.groups[owner], norm=replace(norm, **{kind: value}))
+
+    # ---- units --------------------------------------------------------------------------------------------
+
+    def rewire(self, seed: Mapping[str, UnitMap]) -> dict[str, UnitMap]:
+        """Changes the units of the seed's groups and of all groups tied to them; returns every map.
+
+        For each tied group: rows that enter a new unit are the copied unit's, what leaves it is scaled by
+        its share, and its bias and normalisation are copied. A unit that copies none starts with zero
+        weights, zero bias, and scale 1, shift 0, mean 0, variance 1. Weight gradients of rows entering a
+        copy are `share` times the old ones. Raises Refused where the change does not fit.
+        """
+        before = self.view()
+        maps = close(before, seed)
+        for bundle in before.bundles.values():
+            smap, tmap = maps.get(bundle.source), maps.get(bundle.target)
+            if smap is not None or tmap is not None:
+                pattern, gather = _rewired(bundle, *before.shapes(bundle), smap, tmap)
+                self.bundles[bundle.name] = replace(bundle, pattern=pattern)
+                self._gather(bundle.tensor, bundle.weight, gather)
+        for name, units in maps.items():
+            self._rewire_group(before.groups[name], units)
+        return maps
+
+    def _rewire_group(self, group: Group, units: UnitMap) -> None:
+        serials, self.next_serial = units.serials(group.serials, self.next_serial, group.positions)
+        self.groups[group.name] = replace(group, shape=(units.units, *group.shape[1:]), serials=serials)
+        index, share = torch.from_numpy(units.index), _tensor(units.share)
+        fresh = torch.from_numpy(units.fresh)
+        for name, tensor in group.tensors():
+            kind = name.split(".")[0]
+            gradient = (share,) if kind in ("bias", "scale", "shift") else (None,)
+            gather = Axes(name, (group.units,), (units.units,), (index,), (None,), gradient)
+            self._gather(name, tensor, gather)
+            if kind in ("scale", "variance") and fresh.numel():
+                self._put(name, self.tensor(name).index_fill(0, fresh.to(tensor.device), 1.0))
+
+    def _gather(self, name: str, old: Tensor, gather: Gather) -> None:
+        self._gathers[name] = tuple(first.then(gather) for first in self._gathers[name])
+        self._put(name, gather.take(old.detach()))
+
+    # ---- edges --------------------------------------------------------------------------------------------
+
+    def keep_edges(self, name: str, keep: NDArray[np.bool_]) -> None:
+        """Removes the edges of a bundle where `keep` (one per edge) is False; the rest is a Sparse, ties kept."""
+        bundle = self.bundles[name]
+        shapes = self.shapes(name)
+        s, t, w = bundle.pattern.all_edges(*shapes)
+        weights, at = np.unique(w[keep], return_inverse=True)
+        tags = {n: tag[keep] for n, tag in _tags(bundle.pattern).items()}
+        tied = weights.size != at.size or not np.array_equal(at, np.arange(at.size))
+        pattern = Sparse(s[keep], t[keep], at if tied else None, weights.size, tags)
+        self._replace_flat(name, pattern, torch.from_numpy(weights.astype(np.int64)))
+
+    def add_edges(
+        self,
+        name: str,
+        source: ArrayLike,
+        target: ArrayLike,
+        weight: Tensor,
+        *,
+        tags: Mapping[str, ArrayLike] | None = None,
+        gathers: Sequence[Flat] = (),
+    ) -> None:
+        """Adds edges with weights of their own behind those of a bundle (which becomes a Sparse).
+
+        `tags` not given are 0. `gathers` are over the new entries only: which old weights they come from.
+        """
+        bundle = self.bundles[name]
+        old = bundle.pattern
+        pattern = old if isinstance(old, Sparse) else old.to_sparse(*self.shapes(name))
+        source, target = np.atleast_1d(np.asarray(source)), np.atleast_1d(np.asarray(target))
+        count, new = pattern.weights, source.size
+        index = None
+        if pattern.weight_index is not None:
+            index = np.concatenate([pattern.weight_index, np.arange(count, count + new)])
+        given = dict(tags or {})
+        merged = {}
+        for tag in _tags(old).keys() | given.keys():
+            had = _tags(old).get(tag, np.zeros(pattern.source.size, np.int32))
+            more = np.asarray(given.get(tag, np.zeros(new, np.int32)), np.int32)
+            merged[tag] = np.concatenate([had, more])
+        after = Sparse(
+            np.concatenate([pattern.source, source.astype(np.int32)]),
+            np.concatenate([pattern.target, target.astype(np.int32)]),
+            index,
+            count + new,
+            merged,
+        )
+        self._replace_flat(name, after, torch.cat([torch.arange(count), torch.full((new,), -1)]))
+        value = torch.cat([self.bundles[name].weight[:count], weight.detach().reshape(-1).to(self.bundles[name].weight)])
+        self._put(bundle.tensor, value)
+        pad = torch.full((count,), -1)
+        self._gathers[bundle.tensor] += tuple(
+            replace(
+                g,
+                shape=(count + new,),
+                index=torch.cat([pad, g.index]),
+                value=_padded(g.value, count),
+                gradient=_padded(g.gradient, count),
+            )
+            for g in gathers
+        )
+
+    def tag_edges(self, name: str, tag: str, values: ArrayLike) -> None:
+        """Sets a named integer per edge; the bundle becomes a Sparse if it is none."""
+        bundle = self.bundles[name]
+        pattern = bundle.pattern
+        if not isinstance(pattern, Sparse):
+            count = size(tuple(bundle.weight.shape))
+            self._replace_flat(name, pattern.to_sparse(*self.shapes(name)), torch.arange(count))
+            pattern = self.bundles[name].pattern  # type: ignore[assignment]
+        assert isinstance(pattern, Sparse)
+        tags = dict(pattern.tags) | {tag: np.asarray(values, np.int32)}
+        self.bundles[name] = replace(self.bundles[name], pattern=replace(pattern, tags=tags))
+
+    def _replace_flat(self, name: str, pattern: Sparse, index: Tensor) -> None:
+        """The bundle gets this pattern; its weight e is entry index[e] of the flattened old one (-1: none)."""
+        bundle = self.bundles[name]
+        old = tuple(bundle.weight.shape)
+        gather = Flat(bundle.tensor, old, (index.numel(),), index)
+        self.bundles[name] = replace(bundle, pattern=pattern)
+        self._gather(bundle.tensor, bundle.weight, gather)
+
+    # ---- the end ------------------------------------------------------------------------------------------
+
+    def finish(self) -> tuple[Network, Lineage]:
+        """The next network and the lineage of its tensors; empty bundles are dropped."""
+        for name, bundle in list(self.bundles.items()):
+            if isinstance(bundle.pattern, Sparse) and bundle.pattern.source.size == 0:
+                self.remove_bundle(name)
+        after = self.view()
+        return after, Lineage({name: self._gathers.get(name, ()) for name in after.tensors()})
+
+
+def _rewired(
+    bundle: Bundle, source: Shape, target: Shape, smap: UnitMap | None, tmap: UnitMap | None
+) -> tuple[Pattern, Gather]:
+    """The bundle's pattern and weights after the units of its ends changed."""
+    pattern, name = bundle.pattern, bundle.tensor
+    old = pattern.weight_shape(source, target)
+    new_source = source if smap is None else (smap.units, *source[1:])
+    new_target = target if tmap is None else (tmap.units, *target[1:])
+    if isinstance(pattern, Identity):
+        if tmap is not None:
+            pattern = Identity(new_start(tmap, pattern.start, pattern.start + source[0]))
+        return pattern, Axes.same(name, bundle.weight)
+    if isinstance(pattern, Sparse):
+        return _rewired_sparse(pattern, name, source, target, smap, tmap)
+    if isinstance(pattern, Conv2d) and pattern.channel_groups > 1:
+        return _rewired_grouped(pattern, name, source, target, smap, tmap)
+    if not old:  # connectivity with one shared weight
+        return pattern, Axes.same(name, bundle.weight)
+    if isinstance(pattern, Dense):
+        smap = smap and smap.neurons(size(source[1:]))
+        tmap = tmap and tmap.neurons(size(target[1:]))
+    rest = (None,) * (len(old) - 2)
+    index = (_tensor(tmap and tmap.index), _tensor(smap and smap.index), *rest)
+    value = (None, _tensor(smap and smap.share), *rest)
+    gradient = (_tensor(tmap and tmap.share), None, *rest)
+    return pattern, Axes(name, old, pattern.weight_shape(new_source, new_target), index, value, gradient)
+
+
+def _rewired_grouped(
+    pattern: Conv2d, name: str, source: Shape, target: Shape, smap: UnitMap | None, tmap: UnitMap | None
+) -> tuple[Pattern, Gather]:
+    depthwise = pattern.depthwise(source)
+    smap = smap or UnitMap(np.arange(source[0]))
+    tmap = tmap or UnitMap(np.arange(target[0]))
+    groups = smap.units if depthwise else pattern.channel_groups
+    inputs, outputs = source[0] // pattern.channel_groups, target[0] // pattern.channel_groups
+    if smap.units % groups or tmap.units % groups:
+        raise Refused(
+            f"bundle {name.split('.')[1]!r}",
+            f"{smap.units} input and {tmap.units} output channels",
+            f"multiples of its {groups} channel groups",
+        )
+    into, outof = smap.units // groups, tmap.units // groups
+    o_new = np.arange(tmap.units)
+    c_new = (o_new // outof * into)[:, None] + np.arange(into)
+    o, c = tmap.index[o_new][:, None], smap.index[c_new]
+    known = (o >= 0) & (c >= 0)
+    if np.any(known & (o // outputs != c // inputs)):
+        raise Refused(
+            f"bundle {name.split('.')[1]!r}", "units that would change their channel group", "every group to grow equally"
+        )
+    flat = np.where(known, o * inputs + c - o // outputs * inputs, -1)
+    after = replace(pattern, channel_groups=groups)
+    shape = after.weight_shape((smap.units, *source[1:]), (tmap.units, *target[1:]))
+    inner = size(shape[2:])
+    index = np.where(flat[..., None] < 0, -1, flat[..., None] * inner + np.arange(inner)).ravel()
+    value = None
+    if smap.share is not None and not depthwise:
+        value = np.repeat(smap.share[c_new].ravel(), inner)
+    gradient = None if tmap.share is None else np.repeat(tmap.share, into * inner)
+    old = pattern.weight_shape(source, target)
+    return after, Flat(name, old, shape, torch.from_numpy(index), _tensor(value), _tensor(gradient))
+
+
+def _rewired_sparse(
+    pattern: Sparse, name: str, source: Shape, target: Shape, smap: UnitMap | None, tmap: UnitMap | None
+) -> tuple[Pattern, Gather]:
+    """Every edge is copied to every copy of its ends; ties stay within copies of equal share."""
+    if all(m is None or _only_appends(m, shape[0]) for m, shape in ((smap, source), (tmap, target))):
+        shape = (pattern.weights,)
+        return pattern, Axes(name, shape, shape, (None,), (None,), (None,))
+    smap = (smap or UnitMap(np.arange(source[0]))).neurons(size(source[1:]))
+    tmap = (tmap or UnitMap(np.arange(target[0]))).neurons(size(target[1:]))
+    edge, t = _copies(pattern.target, tmap.index, size(target))
+    again, s = _copies(pattern.source[edge], smap.index, size(source))
+    edge, t = edge[again], t[again]
+    value = np.ones(edge.size) if smap.share is None else smap.share[s]
+    gradient = np.ones(edge.size) if tmap.share is None else tmap.share[t]
+    weight, index = pattern.index[edge], None
+    if pattern.weight_index is not None:
+        key = np.stack([weight, _copy_number(smap.index)[s], _copy_number(tmap.index)[t], value])
+        _, first, index = np.unique(key, axis=1, return_index=True, return_inverse=True)
+        index = index.ravel()
+        if np.any(value != 1) or np.any(gradient != 1):
+            gradient = np.full(edge.size, np.nan)  # a tied weight's gradient mixes edges of different shares
+        weight, value, gradient = weight[first], value[first], gradient[first]
+    after = Sparse(s, t, index, weight.size, {n: tag[edge] for n, tag in pattern.tags.items()})
+    index_of = torch.from_numpy(weight.astype(np.int64))
+    return after, Flat(
+        name,
+        (pattern.weights,),
+        (weight.size,),
+        index_of,
+        None if np.all(value == 1) else torch.from_numpy(value),
+        None if np.all(gradient == 1) else torch.from_numpy(gradient),
+    )
+
+
+def _copies(ends: NDArray, index: NDArray, old: int) -> tuple[NDArray, NDArray]:
+    """For edges that end at old neurons `ends`: (edge, new neuron) for every copy of its end, by edge."""
+    order = np.argsort(index, kind="stable")
+    order = order[index[order] >= 0]
+    count = np.bincount(index[order], minlength=old)
+    start = np.concatenate([[0], np.cumsum(count)[:-1]])
+    times = count[ends]
+    edge = np.repeat(np.arange(ends.size), times)
+    within = np.arange(edge.size) - np.repeat(np.cumsum(times) - times, times)
+    return edge, order[start[ends[edge]] + within]
+
+
+def _copy_number(index: NDArray) -> NDArray:
+    """For every new neuron, how many copies of its original come before it."""
+    order = np.argsort(index, kind="stable")
+    ordered = index[order]
+    begins = np.r_[True, ordered[1:] != ordered[:-1]]
+    number = np.empty(index.size, np.int64)
+    number[order] = np.arange(index.size) - np.maximum.accumulate(np.where(begins, np.arange(index.size), 0))
+    return number
+
+
+def _only_appends(units: UnitMap, old: int) -> bool:
+    index = units.index
+    return units.share is None and bool((index[old:] < 0).all()) and np.array_equal(index[:old], np.arange(old))
+
+
+def _tags(pattern: Pattern) -> Mapping[str, NDArray]:
+    return pattern.tags if isinstance(pattern, Sparse) else {}
+
+
+def _tensor(array: NDArray | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _padded(factor: Tensor | None, count: int) -> Tensor | None:
+    return None if factor is None else torch.cat([torch.ones(count, dtype=factor.dtype), factor])
+
+

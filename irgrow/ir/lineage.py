@@ -1,0 +1,323 @@
+"""`Lineage`: where every tensor of the next network comes from.
+
+    new = sum_k value_k * old_k[index_k] + fresh
+
+Each gather also says how the new entry's gradient relates to the old one's (`gradient`; NaN = undefined):
+optimizer state follows it. `fresh = after - gather(before)` is not stored: it is what a pass wrote.
+
+Forms of a gather: `Axes` (one index and factors per axis), `Flat` (explicit, for sparse), `Through` (the
+weights of one pattern spread over the edges of another; computed, nothing stored). Lineages compose.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from irgrow.ir.errors import StaleMorphism
+from irgrow.ir.pattern import Pattern, Shape
+
+
+@dataclass(frozen=True, eq=False)
+class Gather(ABC):
+    """Entries of one old tensor (`source`, of `old_shape`) placed into a new one (of `shape`)."""
+
+    source: str
+    old_shape: Shape
+    shape: Shape
+
+    @abstractmethod
+    def take(self, old: Tensor) -> Tensor:
+        """value * old[index], 0 where there is no old entry; differentiable."""
+
+    @abstractmethod
+    def factor(self) -> Tensor | None:
+        """The gradient factor of every entry as `shape` (NaN: undefined or no old entry); None: 1 everywhere."""
+
+    @abstractmethod
+    def flat(self) -> Flat:
+        """The same gather with one explicit index per entry."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether this is the old tensor unchanged."""
+        return False
+
+    def pick(self, old: Tensor) -> Tensor:
+        """old[index] without the value factor, 0 where there is no old entry (for optimizer state)."""
+        return self.flat().pick(old)
+
+    def then(self, later: Gather) -> Gather:
+        """First this gather, then `later` on its result."""
+        if later.exact:
+            return self
+        if self.exact:
+            return replace(later, source=self.source)
+        return self.flat().then(later.flat())
+
+
+@dataclass(frozen=True, eq=False)
+class Axes(Gather):
+    """new[i, j, ...] = value_0[i] value_1[j] ... * old[index_0[i], index_1[j], ...].
+
+    An index of None is the whole axis, -1 in an index means no old entry; a factor of None is 1.
+    """
+
+    index: tuple[Tensor | None, ...] = ()
+    value: tuple[Tensor | None, ...] = ()
+    gradient: tuple[Tensor | None, ...] = ()
+
+    @staticmethod
+    def same(name: str, tensor: Tensor) -> Axes:
+        """The old tensor, unchanged."""
+        shape = tuple(tensor.shape)
+        none = (None,) * len(shape)
+        return Axes(name, shape, shape, none, none, none)
+
+    @property
+    def exact(self) -> bool:
+        return all(i is None for i in self.index) and all(v is None for v in (*self.value, *self.gradient))
+
+    def take(self, old: Tensor) -> Tensor:
+        return self._gather(old, self.value)
+
+    def pick(self, old: Tensor) -> Tensor:
+        return self._gather(old, (None,) * len(self.index))
+
+    def _gather(self, old: Tensor, value: tuple[Tensor | None, ...]) -> Tensor:
+        for axis, (index, factor) in enumerate(zip(self.index, value, strict=True)):
+            scale = factor
+            if index is not None:
+                index = index.to(old.device)
+                new = index < 0
+                if bool(new.any()):
+                    scale = (~new).double() if scale is None else scale.to(old.device).masked_fill(new, 0.0)
+                    index = index.clamp(min=0)
+                old = old.index_select(axis, index) if old.shape[axis] else old.new_zeros(self.shape)
+            if scale is not None:
+                old = old * _along(scale.to(old), axis, old.dim())
+        return old
+
+    def factor(self) -> Tensor | None:
+        out: Tensor | None = None
+        for axis, (index, gradient) in enumerate(zip(self.index, self.gradient, strict=True)):
+            f = gradient
+            if index is not None and bool((index < 0).any()):
+                f = (torch.ones_like(index, dtype=torch.float64) if f is None else f).masked_fill(index < 0, torch.nan)
+            if f is not None:
+                f = _along(f.double(), axis, len(self.shape))
+                out = f if out is None else out * f
+        return None if out is None else out.expand(self.shape)
+
+    def flat(self) -> Flat:
+        index = torch.zeros((), dtype=torch.long)
+        missing = torch.zeros((), dtype=torch.bool)
+        value: Tensor | None = None
+        for axis, (old_size, new_size) in enumerate(zip(self.old_shape, self.shape, strict=True)):
+            here = self.index[axis] if self.index[axis] is not None else torch.arange(new_size)
+            here = _along(here, axis, len(self.shape))
+            missing = missing | (here < 0)
+            index = index * old_size + here.clamp(min=0)
+            if self.value[axis] is not None:
+                v = _along(self.value[axis], axis, len(self.shape))
+                value = v if value is None else value * v
+        index = torch.where(missing, -1, index).expand(self.shape).reshape(-1)
+        factor = self.factor()
+        return Flat(
+            self.source,
+            self.old_shape,
+            self.shape,
+            index,
+            None if value is None else value.expand(self.shape).reshape(-1),
+            None if factor is None else factor.reshape(-1),
+        )
+
+    def then(self, later: Gather) -> Gather:
+        if not isinstance(later, Axes) or len(later.index) != len(self.index):
+            return super().then(later)
+        index, value, gradient = [], [], []
+        for a in range(len(self.index)):
+            i, j = self.index[a], later.index[a]
+            index.append(i if j is None else j if i is None else torch.where(j < 0, -1, i[j.clamp(min=0)]))
+            for ours, theirs, out in (
+                (self.value[a], later.value[a], value),
+                (self.gradient[a], later.gradient[a], gradient),
+            ):
+                f = ours if ours is None or j is None else ours[j.clamp(min=0)]
+                out.append(f if theirs is None else theirs if f is None else f * theirs)
+        return Axes(self.source, self.old_shape, later.shape, tuple(index), tuple(value), tuple(gradient))
+
+
+@dataclass(frozen=True, eq=False)
+class Flat(Gather):
+    """new.flat[e] = value[e] * old.flat[index[e]]; index -1: no old entry; value or gradient None: 1 everywhere."""
+
+    index: Tensor
+    value: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def take(self, old: Tensor) -> Tensor:
+        return self._gather(old, self.value)
+
+    def pick(self, old: Tensor) -> Tensor:
+        return self._gather(old, None)
+
+    def _gather(self, old: Tensor, value: Tensor | None) -> Tensor:
+        index, flat = self.index.to(old.device), old.reshape(-1)
+        if flat.numel() == 0:
+            return old.new_zeros(self.shape)
+        out = flat[index.clamp(min=0)]
+        if value is not None:
+            out = out * value.to(out)
+        return out.masked_fill(index < 0, 0.0).reshape(self.shape)
+
+    def factor(self) -> Tensor | None:
+        if self.gradient is None and not bool((self.index < 0).any()):
+            return None
+        f = torch.ones(self.index.shape, dtype=torch.float64) if self.gradient is None else self.gradient.double()
+        return f.masked_fill(self.index < 0, torch.nan).reshape(self.shape)
+
+    def flat(self) -> Flat:
+        return self
+
+    def then(self, later: Gather) -> Gather:
+        if later.exact:
+            return self
+        other = later.flat()
+        at = other.index.clamp(min=0)
+        lost = other.index < 0
+
+        def both(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            f = None if ours is None else ours[at]
+            return f if theirs is None else theirs if f is None else f * theirs
+
+        index = torch.where(lost, -1, self.index[at]) if self.index.numel() else other.index.new_full(lost.shape, -1)
+        value, gradient = both(self.value, other.value), both(self.gradient, other.gradient)
+        return Flat(self.source, self.old_shape, other.shape, index, value, gradient)
+
+
+@dataclass(frozen=True, eq=False)
+class Through(Gather):
+    """The weights of `old_pattern` at the same edges of `pattern`: what embedding a convolution means.
+
+    Every new entry with an edge takes the old weight of that edge; entries without stay 0. The edges are
+    matched when needed, chunk by chunk, so a CNN -> FCN embedding stores two patterns and two shapes.
+    `ties` (None: undefined) is the gradient factor; untying has no exact one (ALGORITHMS, section 7).
+    """
+
+    old_pattern: Pattern
+    pattern: Pattern
+    between: tuple[Shape, Shape]  # shapes of source and target before
+    after: tuple[Shape, Shape]  # shapes of source and target after; the same neurons in the same order
+    share: bool = False  # True: the gradient factor is 1 / number of ties
+
+    def take(self, old: Tensor) -> Tensor:
+        out = old.new_zeros(math.prod(self.shape))
+        flat = old.reshape(-1)
+        for new, before in self._matches():
+            out = out.index_copy(0, new.to(old.device), flat[before.to(old.device)])
+        return out.reshape(self.shape)
+
+    def pick(self, old: Tensor) -> Tensor:
+        return self.take(old)
+
+    def factor(self) -> Tensor | None:
+        out = torch.full((math.prod(self.shape),), torch.nan, dtype=torch.float64)
+        if self.share:
+            ties = torch.zeros(math.prod(self.old_shape), dtype=torch.float64)
+            for _, before in self._matches():
+                ties += torch.bincount(before, minlength=ties.numel())
+            for new, before in self._matches():
+                out[new] = 1.0 / ties[before]
+        return out.reshape(self.shape)
+
+    def flat(self) -> Flat:
+        index = torch.full((math.prod(self.shape),), -1, dtype=torch.long)
+        for new, before in self._matches():
+            index[new] = before
+        factor = self.factor()
+        assert factor is not None
+        return Flat(self.source, self.old_shape, self.shape, index, None, factor.reshape(-1))
+
+    def _matches(self):  # type: ignore[no-untyped-def]
+        """Pairs (new weight index, old weight index), chunk by chunk."""
+        from irgrow.ir.pattern import Dense
+
+        if isinstance(self.pattern, Dense):
+            columns = math.prod(self.after[0])
+            for s, t, w in self.old_pattern.edges(*self.between):
+                yield torch.from_numpy(t.astype(np.int64) * columns + s), torch.from_numpy(w.astype(np.int64))
+            return
+        for (s, t, w), (s2, t2, w2) in zip(
+            self.old_pattern.edges(*self.between), self.pattern.edges(*self.after), strict=True
+        ):
+            if not (np.array_equal(s, s2) and np.array_equal(t, t2)):
+                raise StaleMorphism("Through", "patterns whose edges do not match")
+            yield torch.from_numpy(w2.astype(np.int64)), torch.from_numpy(w.astype(np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Lineage:
+    """For every tensor of the new network its gathers; a tensor without gathers is all fresh."""
+
+    gathers: Mapping[str, tuple[Gather, ...]]
+
+    def gather(self, old: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+        """sum_k value_k * old_k[index_k] for one new tensor, shaped and typed like `like`."""
+        parts = [g.take(old[g.source]) for g in self.gathers.get(name, ())]
+        return sum(parts[1:], parts[0]) if parts else torch.zeros_like(like)
+
+    def unchanged(self, name: str) -> bool:
+        """Whether the tensor is the old one of the same name, gathered as it is."""
+        g = self.gathers.get(name, ())
+        return len(g) == 1 and g[0].exact and g[0].source == name
+
+    def carry(self, state: Mapping[str, Tensor], name: str, like: Tensor, power: int) -> Tensor:
+        """Optimizer state of one new tensor: factor**power * state[index]; 0 where it starts fresh.
+
+        The first gather with a defined factor decides (a merged entry keeps the state of its first part).
+        `power` is 1 for first moments, 2 for second moments (ALGORITHMS, section 7).
+        """
+        out = torch.zeros_like(like)
+        done: Tensor | None = None
+        for g in self.gathers.get(name, ()):
+            if g.source not in state:
+                continue
+            picked, factor = g.pick(state[g.source]).to(like), g.factor()
+            if factor is None:
+                fresh = torch.ones_like(like, dtype=torch.bool)
+            else:
+                factor = factor.to(like.device)
+                fresh = ~factor.isnan()
+                picked = picked * factor.nan_to_num(0.0).to(like) ** power
+            use = fresh if done is None else fresh & ~done
+            out = torch.where(use, picked, out)
+            done = use if done is None else done | use
+        return out
+
+    def defined(self, name: str, like: Tensor) -> Tensor:
+        """Mask of the entries whose gradient factor is defined."""
+        mask = torch.zeros(like.shape, dtype=torch.bool)
+        for g in self.gathers.get(name, ()):
+            factor = g.factor()
+            mask |= torch.ones_like(mask) if factor is None else ~factor.isnan()
+        return mask.to(like.device)
+
+    def then(self, later: Lineage) -> Lineage:
+        """First this lineage, then `later`."""
+        composed: dict[str, tuple[Gather, ...]] = {}
+        for name, gathers in later.gathers.items():
+            composed[name] = tuple(
+                first.then(second) for second in gathers for first in self.gathers.get(second.source, ())
+            )
+        return Lineage(composed)
+
+
+def _along(vector: Tensor, axis: int, dims: int) -> Tensor:
+    return vector.reshape([-1 if a == axis else 1 for a in range(dims)])

@@ -1,0 +1,68 @@
+"""`Site`: the groups that must grow together, what enters them and what leaves them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from irgrow.ir.errors import Refused, UnknownName
+from irgrow.ir.network import Bundle, Network
+from irgrow.ir.units import UnitMap, close
+
+
+@dataclass(frozen=True)
+class Site:
+    """Named by one of its groups. `entering` and `leaving` are the bundles whose rows or columns are added."""
+
+    name: str
+    groups: tuple[str, ...]
+    entering: tuple[str, ...]
+    leaving: tuple[str, ...]
+
+    @staticmethod
+    def of(network: Network, name: str) -> Site:
+        """The site that holds group `name`; Refused if it holds an input or output, or nothing enters or leaves it."""
+        if name not in network.groups:
+            hidden = [g for g in network.groups if network.is_hidden(g)]
+            raise UnknownName(f"site {name!r}", expected=f"one of {', '.join(hidden)}")
+        tied = close(network, {name: UnitMap(np.r_[np.arange(network.groups[name].units), -1])}, checked=False)
+        groups = tuple(g for g in network.groups if g in tied)
+        fixed = [g for g in groups if not network.is_hidden(g)]
+        if fixed:
+            raise Refused(f"site {name!r}", f"it holds {', '.join(map(repr, fixed))}", "no input or output among its groups")
+        entering, leaving = [], []
+        for bundle in network.bundles.values():
+            if not _ties(bundle, tied):
+                if bundle.target in tied:
+                    entering.append(bundle.name)
+                if bundle.source in tied:
+                    leaving.append(bundle.name)
+        if not entering or not leaving:
+            missing = "enters" if not entering else "leaves"
+            raise Refused(f"site {name!r}", f"nothing {missing} it", "bundles on both sides")
+        return Site(name, groups, tuple(entering), tuple(leaving))
+
+    @staticmethod
+    def all(network: Network) -> list[Site]:
+        """Every site that can grow, each once, named by its first group."""
+        found: list[Site] = []
+        seen: set[str] = set()
+        for name in network.groups:
+            if name in seen or not network.is_hidden(name):
+                continue
+            try:
+                site = Site.of(network, name)
+            except Refused:
+                continue
+            seen.update(site.groups)
+            found.append(site)
+        return found
+
+
+def _ties(bundle: Bundle, tied: dict[str, UnitMap]) -> bool:
+    """Whether a bundle only connects units of the site that grow together."""
+    if not (bundle.source in tied and bundle.target in tied and bundle.pattern.couples):
+        return False
+    groups = getattr(bundle.pattern, "channel_groups", 0)
+    return not groups or bundle.weight.shape[1] == 1

@@ -1,0 +1,116 @@
+"""`Statistics`: what was measured at a site, as a value (ALGORITHMS, section 0).
+
+All are means over samples of per-sample products, sums over positions (images), accumulated in float64:
+
+    S = E[b b^T]    M_prev = E[b g^T]    S_in = E[c c^T]    M = E[c g^T]    C = E[b c^T]    E = E[g g^T]
+
+b: features that enter the site (one column block per entering bundle, a constant 1 last if `bias`);
+g: per-sample gradient of the loss with respect to the targets' pre-activations, one block per leaving
+bundle (one column per kernel tap for convolutions); c: features that already feed those targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from irgrow.ir.errors import BadData, StaleMorphism
+from irgrow.ir.pattern import Shape
+from irgrow.kernels.whiten import pseudo_solve
+
+
+@dataclass(frozen=True)
+class Block:
+    """A range of columns that belongs to one bundle (or to a group's bias) and how they fold into its weights.
+
+    `shape` is the shape of the weight slice of one unit: fan-in `(in, kh, kw)`, fan-out `(out, kh, kw)`,
+    flat `(neurons,)`. `name` is the tensor's name (`weight.x`, or `bias.y` for the constant 1).
+    """
+
+    name: str
+    shape: Shape
+
+    @property
+    def width(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Moments at one site; those that were not asked for are None. `n` is the number of samples."""
+
+    site: str
+    structure: str  # the network's structure hash
+    n: int
+    fan_in: tuple[Block, ...]
+    fan_out: tuple[Block, ...]
+    feeding: tuple[Block, ...] = ()  # blocks of c
+    S: Tensor | None = None
+    M_prev: Tensor | None = None
+    S_in: Tensor | None = None
+    M: Tensor | None = None
+    C: Tensor | None = None
+    E: Tensor | None = None
+    activation: str = "identity"
+    units: int = 0  # of the site, when measured
+    fan_out_norm: float = 1.0  # mean norm of the site's existing outgoing weight vectors
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bias(self) -> bool:
+        """Whether the constant 1 is the last feature of b."""
+        return bool(self.fan_in) and self.fan_in[-1].name.startswith("bias.")
+
+    def need(self, *names: str) -> None:
+        """Raises BadData unless these moments were measured and are finite."""
+        for name in names:
+            value = getattr(self, name)
+            if value is None:
+                raise BadData(
+                    f"statistics of site {self.site!r}", f"no {name}", f"{name} measured", do=f"probe with want including {name!r}"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise BadData(
+                    f"statistics of site {self.site!r}: {name}", "NaN or infinity", "finite values",
+                    do="check the data and the loss for NaN",
+                )  # fmt: skip
+
+    @cached_property
+    def best_move(self) -> Tensor:
+        """dW* = -M^T S_in^+ `[fan-out features, c]`: the best change of the weights that already feed the targets."""
+        self.need("S_in", "M")
+        assert self.S_in is not None and self.M is not None
+        return -pseudo_solve(self.S_in, self.M).solution.mT
+
+    @cached_property
+    def N(self) -> Tensor:
+        """E[b v_perp^T] = -M_prev + C S_in^+ M `[b, g]`: what is left of the desired move after dW*."""
+        self.need("M_prev", "C", "S_in", "M")
+        assert self.M_prev is not None and self.C is not None
+        return -self.M_prev - self.C @ self.best_move.mT
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """The statistics of both sets of samples together, exactly."""
+        same = (self.site, self.structure, self.fan_in, self.fan_out, self.feeding)
+        if same != (other.site, other.structure, other.fan_in, other.fan_out, other.feeding):
+            raise StaleMorphism(f"statistics of site {self.site!r}", "statistics of another site or structure")
+        n = self.n + other.n
+        moments = {}
+        for name in MOMENTS:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if (ours is None) != (theirs is None):
+                raise BadData(f"statistics of site {self.site!r}", f"{name} in one part only", "the same moments in both")
+            moments[name] = None if ours is None else (self.n * ours + other.n * theirs) / n
+        return replace(self, n=n, **moments)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{f.name} {tuple(getattr(self, f.name).shape)}" for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
+        )
+        return f"<Statistics of {self.site!r} over {self.n} samples: {shown}>"
+
+
+MOMENTS = ("S", "M_prev", "S_in", "M", "C", "E")
