@@ -2,8 +2,8 @@
 
 Every check answers with a `Finding` (ok, warn or fail) and never raises: a broken installation is the case
 this is for. Libraries are really imported and numba really compiles, because a version number says nothing
-about a build that does not load. `fail` means that irgrow will not run; `warn`, that something beside it or a
-faster way is missing.
+about a build that does not load. `fail` means that a requirement of irgrow is not met; `warn`, that something
+beside it or a faster way is missing.
 """
 
 from __future__ import annotations
@@ -79,16 +79,17 @@ def examine() -> Iterable[Finding]:
         *((name, partial(library, name)) for name in OLDEST if name not in special),
         ("torchvision", torchvision),
     ]
+    failed = set()
     for name, check in checks:
+        if name in ("cpu", "cuda") and "torch" in failed:
+            continue  # these two ask torch
         try:
-            yield check()
+            finding = check()
         except Exception as problem:
-            yield Finding(
-                name,
-                "fail",
-                _first_line(problem),
-                "mend the lines above first; if they are fine, please report this",
-            )
+            finding = Finding(name, "fail", _first_line(problem), "this check itself broke; please report it")
+        if finding.state == "fail":
+            failed.add(name)
+        yield finding
 
 
 def table(findings: list[Finding]) -> str:

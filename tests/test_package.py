@@ -287,6 +287,11 @@ def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     assert (finding.state, finding.found) == ("fail", "no cores")
 
 
+def test_without_torch_nothing_else_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "library", lambda name: doctor.Finding(name, "fail", "broken"))
+    assert not {"cpu", "cuda"} & {item.name for item in doctor.examine()}
+
+
 @pytest.mark.parametrize(
     ("make", "state", "found"),
     [
