@@ -52,7 +52,7 @@ doctor: $(VENV)/.core
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find irgrow kernels passes tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment; a stamp says which extra it holds. A stamp older than setup.py or constraints.txt installs again.
 $(VENV)/.made:
