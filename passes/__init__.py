@@ -5,3 +5,17 @@ if __name__ != "irgrow.passes":
         f"this package was imported as {__name__!r}; import it as 'irgrow.passes' "
         "(a second copy would hold a second registry)"
     )
+
+from irgrow.passes.add_layer import AddLayer
+from irgrow.passes.add_units import AddUnits
+from irgrow.passes.base import Pass, Sequence, register, registered
+from irgrow.passes.insert_neuron import InsertNeuron
+from irgrow.passes.split import SplitUnit
+
+
+def list() -> dict[str, type[Pass]]:  # noqa: A001
+    """Every registered pass by name."""
+    return registered()
+
+
+__all__ = ["AddLayer", "AddUnits", "InsertNeuron", "Pass", "Sequence", "SplitUnit", "list", "register"]

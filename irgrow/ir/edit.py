@@ -176,10 +176,15 @@ class Edit:
         bundle = self.bundles[name]
         shapes = self.shapes(name)
         s, t, w = bundle.pattern.all_edges(*shapes)
-        weights, at = np.unique(w[keep], return_inverse=True)
         tags = {n: tag[keep] for n, tag in _tags(bundle.pattern).items()}
-        tied = weights.size != at.size or not np.array_equal(at, np.arange(at.size))
-        pattern = Sparse(s[keep], t[keep], at if tied else None, weights.size, tags)
+        if isinstance(bundle.pattern, Dense) or (
+            isinstance(bundle.pattern, Sparse) and bundle.pattern.weight_index is None
+        ):
+            weights, index = np.flatnonzero(keep), None
+        else:
+            weights, at = np.unique(w[keep], return_inverse=True)
+            index = None if np.array_equal(at, np.arange(weights.size)) else at
+        pattern = Sparse(s[keep], t[keep], index, weights.size, tags)
         self._replace_flat(name, pattern, torch.from_numpy(weights.astype(np.int64)))
 
     def add_edges(

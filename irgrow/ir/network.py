@@ -171,8 +171,10 @@ class Network:
         groups: Iterable[Group], bundles: Iterable[Bundle], inputs: Iterable[str], outputs: Iterable[str]
     ) -> Network:
         """A network of these groups (fresh serials where a group has none) and bundles; names must be unique."""
+        groups = list(groups)
         by_name: dict[str, Group] = {}
-        following = max((int(g.serials.max(initial=-1)) + g.positions for g in groups if g.serials is not None), default=0)
+        given = [g for g in groups if g.serials is not None]
+        following = max((int(g.serials.max(initial=-1)) + g.positions for g in given), default=0)
         for group in groups:
             if group.name in by_name:
                 raise BadName(f"group {group.name!r}", "a second group of that name", "unique names")

@@ -8,6 +8,7 @@ import numpy as np
 
 from irgrow.ir.errors import Refused, UnknownName
 from irgrow.ir.network import Bundle, Network
+from irgrow.ir.pattern import Dense, Shape, Sparse
 from irgrow.ir.units import UnitMap, close
 
 
@@ -66,3 +67,19 @@ def _ties(bundle: Bundle, tied: dict[str, UnitMap]) -> bool:
         return False
     groups = getattr(bundle.pattern, "channel_groups", 0)
     return not groups or bundle.weight.shape[1] == 1
+
+
+def slice_shape(network: Network, bundle: str, *, entering: int | None = None, leaving: int | None = None) -> Shape:
+    """The shape of the weights that `entering` new target units, or `leaving` new source units, add to a bundle.
+
+    It is the bundle's weight shape with that many units at that end; for a Sparse bundle, whose new units
+    are connected to everything, the dense one.
+    """
+    b = network.bundle(bundle)
+    source, target = network.shapes(b)
+    if entering is not None:
+        target = (entering, *target[1:])
+    if leaving is not None:
+        source = (leaving, *source[1:])
+    pattern = Dense() if isinstance(b.pattern, Sparse) else b.pattern
+    return pattern.weight_shape(source, target)

@@ -1,0 +1,189 @@
+"""Adding the units of a proposal to a site: the one structural pass behind every growth method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from irgrow.ir.edit import Edit
+from irgrow.ir.errors import BadData, Refused, StaleMorphism
+from irgrow.ir.morphism import Changes, FirstOrder, Promise, SameFunction
+from irgrow.ir.network import Bundle, Network
+from irgrow.ir.pattern import Conv2d, Dense, Local2d, Sparse, size
+from irgrow.ir.proposal import Proposal
+from irgrow.ir.site import Site, slice_shape
+from irgrow.ir.units import UnitMap, with_new_units
+from irgrow.passes.base import Pass, register
+from irgrow.passes.exactness import refuse_loops, refuse_max_targets
+
+
+@register
+@dataclass(frozen=True)
+class AddUnits(Pass):
+    """The site has the proposal's units in addition; at zero fan-out (or zero fan-in) outputs stay the same.
+
+        a --W--> h --V--> b     becomes     [h; h'] with W' = [W; fan_in], V' = [V, fan_out] (+ delta)
+
+    Works at any site: flat or convolutional, through pooling and flattening, residual sums (all tied groups
+    grow), depthwise convolutions (a new channel's kernel is 1 at the centre tap) and batch norm (a new unit
+    has scale 1, shift 0, mean 0, variance 1). A grouped convolution or group norm at the site makes every
+    channel group grow equally. Sparse bundles get explicit edges to all neurons at their other end.
+
+    Promise: SameFunction if nothing can reach the targets (fan-out zero, or fan-in zero with sigma(0) = 0)
+    and there is no delta; Changes under a layer or group norm; else FirstOrder in what is fresh.
+    Refused: a target that aggregates by max, a site in a loop of groups, shapes that do not fit.
+    """
+
+    proposal: Proposal
+
+    @classmethod
+    def places(cls, network: Network) -> Iterator[AddUnits]:
+        for site in Site.all(network):
+            for units in (2, 12):  # 12: divisible by the usual channel groups
+                try:
+                    candidate = cls(_drawn(network, site, units))
+                    candidate.requires(network)
+                except Refused:
+                    continue
+                yield candidate
+                break
+
+    def requires(self, network: Network) -> None:
+        p, who = self.proposal, f"AddUnits: site {self.proposal.site!r}"
+        if p.structure != network.structure:
+            raise StaleMorphism(who, "a proposal for another structure", "one made for this network", do="probe again")
+        site = Site.of(network, p.site)
+        refuse_max_targets(who, network, site)
+        refuse_loops(who, network, site)
+        maps = _maps(network, site, p.units)
+        _same_names(who, "fan-in", p.fan_in.keys(), site.entering)
+        _same_names(who, "fan-out", p.fan_out.keys(), site.leaving)
+        for name, tensor in p.fan_in.items():
+            new = maps[network.bundles[name].target].fresh.size
+            _fits(f"{who}: fan-in of {name!r}", tensor, slice_shape(network, name, entering=new))
+        for name, tensor in p.fan_out.items():
+            new = maps[network.bundles[name].source].fresh.size
+            _fits(f"{who}: fan-out of {name!r}", tensor, slice_shape(network, name, leaving=new))
+        if p.bias is not None:
+            _fits(f"{who}: bias", p.bias, (p.units,))
+        if p.bias is not None and bool(p.bias.any()) and not _biased(network, site):
+            raise Refused(who, "a bias for new units", "none, since no group of the site has a bias")
+        current = network.tensors()
+        for name, tensor in p.delta.items():
+            if name not in current:
+                raise Refused(f"{who}: delta", f"tensor {name!r}", f"one of {', '.join(current)}")
+            _fits(f"{who}: delta of {name!r}", tensor, tuple(current[name].shape))
+
+    def promise(self, network: Network) -> Promise:
+        p, site = self.proposal, Site.of(network, self.proposal.site)
+        for name in site.groups:
+            norm = network.groups[name].norm
+            if norm is not None and norm.across_units:
+                return Changes(f"the {norm.kind} norm of group {name!r} is taken over the new units too")
+        if not any(bool(d.any()) for d in p.delta.values()):
+            quiet_out = not any(bool(w.any()) for w in p.fan_out.values())
+            parts = [*p.fan_in.values(), *([] if p.bias is None else [p.bias])]
+            quiet_in = not any(bool(w.any()) for w in parts)
+            at_zero = all(network.groups[name].function.at_zero == 0 for name in site.groups)
+            if quiet_out or (quiet_in and at_zero):
+                return SameFunction()
+        return FirstOrder()
+
+    def rewrite(self, edit: Edit) -> None:
+        p = self.proposal
+        site = Site.of(edit.before, p.site)
+        maps = edit.rewire({site.name: with_new_units(edit.before, site.name, p.units)})
+        for name, tensor in p.fan_in.items():
+            _place(edit, edit.bundles[name], tensor, maps[edit.bundles[name].target], 0)
+        for name, tensor in p.fan_out.items():
+            _place(edit, edit.bundles[name], tensor, maps[edit.bundles[name].source], 1)
+        for bundle in list(edit.bundles.values()):
+            if bundle.name not in site.entering and bundle.source in maps and isinstance(bundle.pattern, Conv2d):
+                if bundle.name not in site.leaving and not isinstance(bundle.pattern, Local2d):
+                    _centre(edit, bundle, maps[bundle.target])
+        if p.bias is not None:
+            for name in _biased(edit.before, site):
+                new = torch.from_numpy(maps[name].fresh)
+                value = edit.tensor(f"bias.{name}")
+                edit.write(f"bias.{name}", value.index_copy(0, new, p.bias.detach().to(value)))
+        for name, change in p.delta.items():
+            edit.write(name, _grown(edit, name, change, maps))
+
+
+def _maps(network: Network, site: Site, units: int) -> dict[str, UnitMap]:
+    return Edit(network).rewire({site.name: with_new_units(network, site.name, units)})
+
+
+def _biased(network: Network, site: Site) -> list[str]:
+    """The groups of the site that a new unit's bias belongs to: those that something enters."""
+    targets = dict.fromkeys(network.bundles[name].target for name in site.entering)
+    return [name for name in targets if network.groups[name].bias is not None]
+
+
+def _place(edit: Edit, bundle: Bundle, values: Tensor, units: UnitMap, axis: int) -> None:
+    """Writes the new rows (axis 0) or columns (axis 1) of a bundle's weights."""
+    source, target = edit.shapes(bundle.name)
+    new = units.fresh
+    if isinstance(bundle.pattern, (Dense, Sparse)):
+        new = units.neurons(size((target if axis == 0 else source)[1:])).fresh
+    if isinstance(bundle.pattern, Sparse):
+        rows, columns = (new, np.arange(size(source))) if axis == 0 else (np.arange(size(target)), new)
+        t, s = np.meshgrid(rows, columns, indexing="ij")
+        edit.add_edges(bundle.name, s.ravel(), t.ravel(), values)
+        return
+    if axis == 1 and isinstance(bundle.pattern, Conv2d):
+        new = new[: values.shape[1]]  # a grouped convolution counts its inputs within each channel group
+    weight = bundle.weight
+    at = torch.from_numpy(new).to(weight.device)
+    edit.write(bundle.tensor, weight.index_copy(axis, at, values.detach().to(weight)))
+
+
+def _centre(edit: Edit, bundle: Bundle, units: UnitMap) -> None:
+    """New channels of a depthwise convolution pass on their input: 1 at the centre tap."""
+    kernel: Any = bundle.pattern
+    weight = bundle.weight.clone()
+    weight[torch.from_numpy(units.fresh), 0, kernel.kernel[0] // 2, kernel.kernel[1] // 2] = 1.0
+    edit.write(bundle.tensor, weight)
+
+
+def _grown(edit: Edit, name: str, change: Tensor, maps: dict[str, UnitMap]) -> Tensor:
+    """The tensor plus a change of its old entries."""
+    after = edit.tensor(name)
+    for gather in edit.gathers(name):
+        after = after + gather.take(change.detach().to(after))
+    return after
+
+
+def _same_names(who: str, what: str, found: Any, expected: tuple[str, ...]) -> None:
+    if set(found) != set(expected):
+        raise Refused(f"{who}: {what}", f"weights for {sorted(found)}", f"exactly for {sorted(expected)}")
+
+
+def _fits(who: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise Refused(who, f"shape {tuple(tensor.shape)}", tuple(shape))
+    if not bool(torch.isfinite(tensor).all()):
+        raise BadData(who, "NaN or infinity", "finite values")
+
+
+def _drawn(network: Network, site: Site, units: int) -> Proposal:
+    """A fixed random proposal, for `places`."""
+    draw = torch.Generator().manual_seed(0)
+    maps = _maps(network, site, units)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return 0.3 * torch.randn(shape, generator=draw, dtype=torch.float64).to(network.dtype)
+
+    fan_in = {
+        n: normal(slice_shape(network, n, entering=maps[network.bundles[n].target].fresh.size)) for n in site.entering
+    }
+    fan_out = {
+        n: normal(slice_shape(network, n, leaving=maps[network.bundles[n].source].fresh.size)) for n in site.leaving
+    }
+    bias = normal((units,)) if _biased(network, site) else None
+    return Proposal(site.name, network.structure, "Random", fan_in, fan_out, bias)
