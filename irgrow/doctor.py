@@ -99,9 +99,7 @@ def table(findings: list[Finding]) -> str:
     lines = []
     for finding in findings:
         lines.append(f"{finding.state:<4}  {finding.name:<{width}}  {finding.found}")
-        lines += textwrap.wrap(
-            finding.hint, 110, initial_indent=margin + "-> ", subsequent_indent=margin + "   "
-        )
+        lines += textwrap.wrap(finding.hint, 110, initial_indent=margin + "-> ", subsequent_indent=margin + "   ")
     count = {state: sum(finding.state == state for finding in findings) for state in ("ok", "warn", "fail")}
     return "\n".join([*lines, "", f"{count['ok']} ok, {count['warn']} warnings, {count['fail']} failures"])
 

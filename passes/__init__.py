@@ -13,7 +13,7 @@ from irgrow.passes.insert_neuron import InsertNeuron
 from irgrow.passes.split import SplitUnit
 
 
-def list() -> dict[str, type[Pass]]:  # noqa: A001
+def list() -> dict[str, type[Pass]]:
     """Every registered pass by name."""
     return registered()
 

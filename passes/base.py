@@ -71,7 +71,11 @@ class Pass(ABC):
 
     def _named(self, error: Refused) -> Refused:
         name = type(self).__name__
-        return error if error.who.startswith(name) else Refused(f"{name}: {error.who}", error.found, error.expected, error.do)
+        return (
+            error
+            if error.who.startswith(name)
+            else Refused(f"{name}: {error.who}", error.found, error.expected, error.do)
+        )
 
     def __rshift__(self, later: Pass) -> Sequence:
         """This pass, then `later`, as one pass."""
@@ -87,7 +91,9 @@ class Pass(ABC):
         try:
             tree = ast.parse(text, mode="eval").body
         except SyntaxError:
-            raise UnknownName(f"pass text {text!r}", expected="text like SplitUnit(unit='hidden#3', share=0.5)") from None
+            raise UnknownName(
+                f"pass text {text!r}", expected="text like SplitUnit(unit='hidden#3', share=0.5)"
+            ) from None
         return _read(tree, proposals or {})
 
 

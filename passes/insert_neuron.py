@@ -70,7 +70,11 @@ class InsertNeuron(Pass):
         for b in network.bundles.values():
             tied = not isinstance(b.pattern, (Dense, Sparse)) or getattr(b.pattern, "weight_index", None) is not None
             if tied or not b.trainable:
-                raise Refused(f"{who}: bundle {b.name!r}", f"{b.pattern!r}", "trained weights of their own on every edge")
+                raise Refused(
+                    f"{who}: bundle {b.name!r}",
+                    f"{b.pattern!r}",
+                    "trained weights of their own on every edge",
+                )
         for g in network.groups.values():
             if g.norm is not None:
                 raise Refused(f"{who}: group {g.name!r}", f"a {g.norm.kind} norm", "no normalisation")
@@ -103,7 +107,11 @@ class InsertNeuron(Pass):
         else:
             j = self._global(network, self.after)
             if not inner[j]:
-                raise Refused(f"InsertNeuron: after neuron {self.after}", "an output neuron", "an input or hidden neuron")
+                raise Refused(
+                    f"InsertNeuron: after neuron {self.after}",
+                    "an output neuron",
+                    "an input or hidden neuron",
+                )
         allowed = np.flatnonzero(inner & (level <= level[j]))
         allowed = allowed[allowed != j]
         if self.others is None:

@@ -119,7 +119,9 @@ class Builder:
             return self._edge(source, target, float(value))  # type: ignore[arg-type]
         for end in (source, target):
             if end not in self._groups:
-                raise UnknownName(f"group {end!r}", expected=f"one of {', '.join(self._groups) or 'those built so far'}")
+                raise UnknownName(
+                    f"group {end!r}", expected=f"one of {', '.join(self._groups) or 'those built so far'}"
+                )
         pattern = Dense() if pattern is None else pattern
         if not isinstance(pattern, Pattern):
             raise BadProperty(f"bundle {source!r} -> {target!r}: pattern", repr(pattern), "a Pattern such as Dense()")
@@ -300,5 +302,3 @@ def cnn(
     builder.output("output", int(outputs), bias=bias)
     builder.connect(last, "output")
     return builder.build()
-
-

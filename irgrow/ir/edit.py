@@ -223,7 +223,9 @@ class Edit:
             merged,
         )
         self._replace_flat(name, after, torch.cat([torch.arange(count), torch.full((new,), -1)]))
-        value = torch.cat([self.bundles[name].weight[:count], weight.detach().reshape(-1).to(self.bundles[name].weight)])
+        value = torch.cat(
+            [self.bundles[name].weight[:count], weight.detach().reshape(-1).to(self.bundles[name].weight)]
+        )
         self._put(bundle.tensor, value)
         pad = torch.full((count,), -1)
         self._gathers[bundle.tensor] += tuple(
@@ -317,7 +319,9 @@ def _rewired_grouped(
     known = (o >= 0) & (c >= 0)
     if np.any(known & (o // outputs != c // inputs)):
         raise Refused(
-            f"bundle {name.split('.')[1]!r}", "units that would change their channel group", "every group to grow equally"
+            f"bundle {name.split('.')[1]!r}",
+            "units that would change their channel group",
+            "every group to grow equally",
         )
     flat = np.where(known, o * inputs + c - o // outputs * inputs, -1)
     after = replace(pattern, channel_groups=groups)
@@ -403,5 +407,3 @@ def _tensor(array: NDArray | None) -> Tensor | None:
 
 def _padded(factor: Tensor | None, count: int) -> Tensor | None:
     return None if factor is None else torch.cat([torch.ones(count, dtype=factor.dtype), factor])
-
-

@@ -96,7 +96,16 @@ def _from_ours(graph: nx.MultiDiGraph) -> Network:
         bias = torch.tensor([mine[u, 0][1] for u in range(units)], dtype=dtype) if d["bias"] else None
         norm: Norm | None = facts["norms"].get(d["name"])
         groups.append(
-            Group(d["name"], tuple(d["shape"]), d["activation"], d["aggregation"], bias, norm, d["dropout"], serials)
+            Group(
+                d["name"],
+                tuple(d["shape"]),
+                d["activation"],
+                d["aggregation"],
+                bias,
+                norm,
+                d["dropout"],
+                serials,
+            )
         )
     weights: dict[str, Tensor] = {d["name"]: torch.zeros(d["shape"], dtype=dtype) for d in facts["bundles"]}
     values: dict[str, list[tuple[int, float]]] = {name: [] for name in weights}

@@ -458,6 +458,3 @@ def describe_pattern(pattern: Pattern) -> dict[str, Any]:
         }
     fields = {f: getattr(pattern, f) for f in getattr(pattern, "__dataclass_fields__", {})}
     return {"kind": kind, **{f: list(v) if isinstance(v, tuple) else v for f, v in fields.items()}}
-
-
-

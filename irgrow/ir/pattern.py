@@ -128,8 +128,8 @@ class Sparse(Pattern):
                 if array.size and (array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min):
                     raise BadShape(f"Sparse: {name}", f"a value of {array.max()}", "indices below 2**31")
                 array = array.astype(np.int32)
-            object.__setattr__(self, name, _frozen(array))
-        tags = {name: _frozen(np.asarray(tag)) for name, tag in self.tags.items()}
+            object.__setattr__(self, name, np.ascontiguousarray(array))
+        tags = {name: np.asarray(tag) for name, tag in self.tags.items()}
         for name, tag in tags.items():
             if tag.shape != self.source.shape or tag.dtype.kind not in "iu":
                 raise BadShape(f"Sparse: tag {name!r}", f"{tag.dtype} of shape {tag.shape}", "one integer per edge")
@@ -160,7 +160,10 @@ class Sparse(Pattern):
         return f"Sparse({self.source.size} edges{tied}{tags})"
 
     def check(self, source: Shape, target: Shape) -> None:
-        for name, array, limit in (("source", self.source, size(source)), ("target", self.target, size(target))):
+        for name, array, limit in (
+            ("source", self.source, size(source)),
+            ("target", self.target, size(target)),
+        ):
             if array.size and (array.min() < 0 or array.max() >= limit):
                 edge = int(np.flatnonzero((array < 0) | (array >= limit))[0])
                 raise DanglingEdge(f"Sparse: {name} of edge {edge}", f"neuron {array[edge]}", f"0 to {limit - 1}")
@@ -361,13 +364,6 @@ class Pool2d(Window):
         unit = np.arange(source[0])[:, None]
         s = (unit * size(source[1:]) + position).ravel()
         yield s, (unit * size(target[1:]) + out).ravel(), np.zeros_like(s)
-
-
-def _frozen(array: NDArray) -> NDArray:
-    if array.flags.writeable:
-        array = array.view()
-        array.flags.writeable = False
-    return array
 
 
 def _window_text(name: str, window: Window) -> str:

@@ -31,7 +31,11 @@ class Site:
         groups = tuple(g for g in network.groups if g in tied)
         fixed = [g for g in groups if not network.is_hidden(g)]
         if fixed:
-            raise Refused(f"site {name!r}", f"it holds {', '.join(map(repr, fixed))}", "no input or output among its groups")
+            raise Refused(
+                f"site {name!r}",
+                f"it holds {', '.join(map(repr, fixed))}",
+                "no input or output among its groups",
+            )
         entering, leaving = [], []
         for bundle in network.bundles.values():
             if not _ties(bundle, tied):

@@ -70,7 +70,10 @@ class Statistics:
             value = getattr(self, name)
             if value is None:
                 raise BadData(
-                    f"statistics of site {self.site!r}", f"no {name}", f"{name} measured", do=f"probe with want including {name!r}"
+                    f"statistics of site {self.site!r}",
+                    f"no {name}",
+                    f"{name} measured",
+                    do=f"probe with want including {name!r}",
                 )
             if not bool(torch.isfinite(value).all()):
                 raise BadData(
@@ -102,13 +105,19 @@ class Statistics:
         for name in MOMENTS:
             ours, theirs = getattr(self, name), getattr(other, name)
             if (ours is None) != (theirs is None):
-                raise BadData(f"statistics of site {self.site!r}", f"{name} in one part only", "the same moments in both")
+                raise BadData(
+                    f"statistics of site {self.site!r}",
+                    f"{name} in one part only",
+                    "the same moments in both",
+                )
             moments[name] = None if ours is None else (self.n * ours + other.n * theirs) / n
         return replace(self, n=n, **moments)
 
     def __repr__(self) -> str:
         shown = ", ".join(
-            f"{f.name} {tuple(getattr(self, f.name).shape)}" for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
+            f"{f.name} {tuple(getattr(self, f.name).shape)}"
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
         )
         return f"<Statistics of {self.site!r} over {self.n} samples: {shown}>"
 

@@ -26,7 +26,7 @@ from irgrow.ir.errors import (
 from irgrow.ir.levels import inside_edges
 from irgrow.ir.network import Bundle, Group, Network
 from irgrow.ir.pattern import Dense, Pattern, Shape, Sparse
-from irgrow.kernels import graph
+from irgrow.kernels import graph, reach
 from irgrow.kernels.activations import ACTIVATIONS
 
 
@@ -67,10 +67,14 @@ def _names(network: Network) -> None:
         for end in ("source", "target"):
             if getattr(bundle, end) not in network.groups:
                 raise BadName(
-                    f"bundle {bundle.name!r}: {end}", repr(getattr(bundle, end)), f"one of {', '.join(network.groups)}"
+                    f"bundle {bundle.name!r}: {end}",
+                    repr(getattr(bundle, end)),
+                    f"one of {', '.join(network.groups)}",
                 )
         if bundle.target in network.inputs:
-            raise BadProperty(f"bundle {bundle.name!r}", f"it feeds the input {bundle.target!r}", "inputs have no parents")
+            raise BadProperty(
+                f"bundle {bundle.name!r}", f"it feeds the input {bundle.target!r}", "inputs have no parents"
+            )
 
 
 def _group(network: Network, g: Group) -> None:
@@ -93,7 +97,9 @@ def _group(network: Network, g: Group) -> None:
     if n.kind not in ("batch", "layer", "group"):
         raise BadProperty(f"{who}: norm", repr(n.kind), "batch, layer or group")
     if (n.kind == "batch") != (n.mean is not None and n.variance is not None):
-        raise BadProperty(f"{who}: {n.kind} norm", "running statistics missing or out of place", "a batch norm has both")
+        raise BadProperty(
+            f"{who}: {n.kind} norm", "running statistics missing or out of place", "a batch norm has both"
+        )
     if n.groups < 1 or g.units % n.groups:
         raise BadShape(f"{who}: group norm", f"{n.groups} groups of {g.units} units", "a divisor of the units")
     for kind in ("scale", "shift", "mean", "variance"):
@@ -110,7 +116,9 @@ def _bundle(network: Network, b: Bundle) -> None:
     try:
         b.pattern.check(*shapes)
     except (BadShape, WeightSize) as error:
-        raise type(error)(f"{who} from {b.source!r} to {b.target!r}: {error.who}", error.found, error.expected) from None
+        raise type(error)(
+            f"{who} from {b.source!r} to {b.target!r}: {error.who}", error.found, error.expected
+        ) from None
     wanted = b.pattern.weight_shape(*shapes)
     if tuple(b.weight.shape) != wanted:
         raise WeightSize(f"{who}: weight", f"shape {tuple(b.weight.shape)}", wanted)
@@ -144,7 +152,9 @@ def _tensors(network: Network) -> None:
         if not bool(finite.all()):
             at = [int(i) for i in (~finite).nonzero()[0]]
             raise NonFinite(
-                f"tensor {name!r} at {at}{_neuron_at(network, name, at)}", tensor[tuple(at)].item(), "a finite value"
+                f"tensor {name!r} at {at}{_neuron_at(network, name, at)}",
+                tensor[tuple(at)].item(),
+                "a finite value",
             )
 
 
@@ -169,7 +179,9 @@ def _duplicates(network: Network, b: Bundle) -> None:
     if edge >= 0:
         s, t = (network.ids(g.name)[a[edge]] for g, a in ((source, b.pattern.source), (target, b.pattern.target)))
         raise DuplicateEdge(
-            f"bundle {b.name!r}: edge {edge}", f"{b.source} neuron {s} -> {b.target} neuron {t} again", "each edge once"
+            f"bundle {b.name!r}: edge {edge}",
+            f"{b.source} neuron {s} -> {b.target} neuron {t} again",
+            "each edge once",
         )
 
 
@@ -178,7 +190,9 @@ def _norms(network: Network) -> None:
         for name in names:
             if cyclic and network.groups[name].norm is not None:
                 raise BadProperty(
-                    f"group {name!r}", "a normalisation in a part of the group graph that holds a loop", "none there"
+                    f"group {name!r}",
+                    "a normalisation in a part of the group graph that holds a loop",
+                    "none there",
                 )
 
 
@@ -193,7 +207,7 @@ def _reachable(network: Network) -> None:
                     _spread(b.pattern, network.shapes(b), reached[b.source], reached[name])
         if cyclic:
             source, target, first = inside_edges(network, names)
-            mask = graph.reached(source, target, np.concatenate([reached[name] for name in names]))
+            mask = reach.reached(source, target, np.concatenate([reached[name] for name in names]))
             for name in names:
                 reached[name] = mask[first[name] : first[name] + reached[name].size]
     for name in network.outputs:
