@@ -186,6 +186,17 @@ def constant(_typing, value, like):
 
 
 @intrinsic
+def either(_typing, single, double, like):
+    """The float64 constant `single` or `double`, in the type of `like`: float32 or float64."""
+
+    def generate(context, builder, signature, arguments):
+        chosen = arguments[0] if like == types.float32 else arguments[1]
+        return context.cast(builder, chosen, types.float64, like)
+
+    return like(types.float64, types.float64, like), generate
+
+
+@intrinsic
 def horner(_typing, x, single, double):
     """single[0] + x (single[1] + x (...)) for a float32 x, the same of `double` for a float64 x: global tuples."""
 
