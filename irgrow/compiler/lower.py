@@ -1,0 +1,309 @@
+"""`lower`: from a network to a program, one kernel per stage, each choice with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from irgrow.compiler.parts import maximum_function, part_function
+from irgrow.compiler.program import Fetch, Places, Program, Run, Step
+from irgrow.compiler.schedule import Block, Part, Walk, schedule
+from irgrow.ir.errors import BackendError
+from irgrow.ir.network import Bundle, Group, Network
+from irgrow.ir.pattern import Dense
+from irgrow.kernels import graph
+from irgrow.kernels import walk as walk_kernel
+from irgrow.kernels.activations import ACTIVATIONS
+
+BACKENDS = ("auto", "torch", "numba")
+
+
+def lower(network: Network, *, device: torch.device | str = "cpu", backend: str = "auto") -> Program:
+    """A program for a verified network. Depends on the structure only, never on weights.
+
+    backend: `auto` chooses; `torch` runs everything in plain torch; `numba` needs its compiled walk.
+    """
+    device = torch.device(device)
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r}", expected=f"one of {', '.join(BACKENDS)}")
+    if backend == "numba" and device.type != "cpu":
+        raise BackendError("backend 'numba'", f"device {device}", "cpu", do="use backend='auto'")
+    walk = walk_kernel.walk_reference if backend == "torch" else walk_kernel.walk
+    places = Places(network, device)
+    for name in network.inputs:
+        places.put(places.new_slot(by_rows=False), name, None, None)
+    steps: list[Step] = []
+    for stage in schedule(network):
+        if isinstance(stage, Block):
+            steps.append(BlockStep(network, stage, places, walk))
+        else:
+            steps.append(WalkStep(network, stage, places, walk))
+    outputs = tuple(places.fetch(name) for name in network.outputs)
+    return Program(tuple(steps), network.inputs, outputs, len(places), places)
+
+
+class BlockStep:
+    """A group, or its neurons at one level: sum (or max) of parts, bias, shift, norm, activation, dropout."""
+
+    def __init__(self, network: Network, block: Block, places: Places, walk) -> None:  # type: ignore[no-untyped-def]
+        group = block.group
+        self.group = group
+        self._function = ACTIVATIONS[group.activation].function if group.activation != "identity" else None
+        self._local = None if block.local is None else places.tensor(block.local)
+        self._linear: tuple[Fetch, str] | None = None
+        self._parts = []
+        kinds = []
+        if group.aggregation == "max" and block.parts and not block.parts[0].walked:
+            self._parts.append(maximum_function(network, block.parts, places))
+            kinds.append("maximum")
+        else:
+            for n, part in enumerate(block.parts):
+                simple = isinstance(part.bundle.pattern, Dense) and part.rows is None
+                if n == 0 and simple and group.bias is not None and len(group.shape) == 1:
+                    self._linear = (places.fetch(part.bundle.source), part.bundle.tensor)  # bias in one call
+                    kinds.append("dense")
+                    continue
+                function, kind = (
+                    _walked(network, group, part, places, walk) if part.walked else part_function(network, part, places)
+                )
+                self._parts.append(function)
+                kinds.append(kind)
+        self._bias = f"bias.{group.name}" if group.bias is not None and self._linear is None else None
+        self._bias_name = f"bias.{group.name}"
+        self._unit = None if self._local is None else self._local // group.positions
+        self._slot = places.new_slot(by_rows=False)
+        places.put(self._slot, group.name, block.local, None if block.local is None else np.arange(block.local.size))
+        self.reason = "; ".join(
+            f"{kind} [{part.bundle.name}]: {part.reason}" for kind, part in zip(kinds, block.parts, strict=False)
+        )
+        rows = "" if block.local is None else f"[{block.local.size} of {group.neurons}]"
+        inputs = ", ".join(f"{kind} {part.bundle.source}" for kind, part in zip(kinds, block.parts, strict=False))
+        if group.aggregation == "max" and block.parts:
+            inputs = f"max of {', '.join(part.bundle.source for part in block.parts)}"
+        tail = [] if group.norm is None else [f"{group.norm.kind} norm"]
+        tail += [group.activation] if self._function else []
+        self.text = f"{group.name}{rows} <- {inputs or 'nothing'}{''.join(f' -> {word}' for word in tail)}"
+
+    def run(self, run: Run) -> None:
+        group, z = self.group, None
+        if self._linear is not None:
+            fetch, weight = self._linear
+            z = F.linear(fetch.flat(run), run.tensors[weight], run.tensors[self._bias_name])
+        for part in self._parts:
+            value = part(run)
+            z = value if z is None else z + (value if value.shape == z.shape else value.reshape(z.shape))
+        if z is None:
+            z = next(t for t in run.slots if t is not None).new_zeros(run.batch, self._neurons())
+        if self._local is None:
+            z = z.reshape(run.batch, *group.shape) if z.dim() != len(group.shape) + 1 else z
+        if self._bias is not None:
+            z = z + self._shaped_bias(run.tensors[self._bias])
+        if group.name in run.shifts:
+            shift = run.shifts[group.name]
+            z = z + (shift if self._local is None else shift.flatten(1).index_select(1, self._local))
+        if group.norm is not None:
+            z = normalise(group, z, run.tensors, run.train)
+        if self._function is not None:
+            z = self._function(z)
+        if group.dropout and run.train:
+            z = F.dropout(z, group.dropout)
+        run.slots[self._slot] = z
+
+    def _neurons(self) -> int:
+        return self.group.neurons if self._local is None else self._local.numel()
+
+    def _shaped_bias(self, bias: Tensor) -> Tensor:
+        if self._unit is not None:
+            return bias.index_select(0, self._unit)
+        return bias.reshape(-1, *[1] * (len(self.group.shape) - 1))
+
+
+def normalise(group: Group, z: Tensor, tensors, train: bool) -> Tensor:  # type: ignore[no-untyped-def]
+    """z `[B, *shape]` normalised; in train mode a batch norm uses and updates batch statistics."""
+    norm, name = group.norm, group.name
+    assert norm is not None
+    scale, shift = tensors[f"scale.{name}"], tensors[f"shift.{name}"]
+    if norm.kind == "batch":
+        mean, variance = tensors[f"mean.{name}"], tensors[f"variance.{name}"]
+        return F.batch_norm(z, mean, variance, scale, shift, train, norm.momentum, norm.eps)
+    return F.group_norm(z, norm.groups if norm.kind == "group" else 1, scale, shift, norm.eps)
+
+
+class WalkStep:
+    """An irregular region: one kernel call computes all its rows."""
+
+    def __init__(self, network: Network, stage: Walk, places: Places, walk) -> None:  # type: ignore[no-untyped-def]
+        self._walk = walk
+        groups = list({g.name: g for g in stage.groups}.values())
+        number = {g.name: n for n, g in enumerate(groups)}
+        owner = np.array([number[g.name] for g in stage.groups], np.int32)[stage.number]
+        row_of: dict[str, NDArray[np.int32]] = {}
+        rows_of: dict[str, NDArray[np.integer]] = {}
+        for g in groups:
+            mine = np.arange(stage.rows) if len(groups) == 1 else np.flatnonzero(owner == number[g.name])
+            row_of[g.name] = np.full(g.neurons, -1, np.int32)
+            row_of[g.name][stage.local[mine]] = mine
+            rows_of[g.name] = mine
+        edges = _edges(network, list(stage.bundles.values()), row_of, places)
+        self._inputs, self._weights = edges.fetches, [b.tensor for b in edges.bundles]
+        code = np.array([g.function.code for g in groups], np.int32)[owner]
+        maximum = np.array([walk_kernel.MAX if g.aggregation == "max" else walk_kernel.SUM for g in groups], np.int32)
+        self._biases = [f"bias.{g.name}" for g in groups if g.bias is not None]
+        bias = _bias_index(groups, owner, stage.local)
+        self.plan = walk_kernel.plan(
+            edges.inputs, edges.pointer, edges.column, code=code, weight=edges.weight, aggregation=maximum[owner], bias=bias
+        )
+        self._offsets = [
+            (first, last, [part_function(network, part, places)[0] for part in parts])
+            for first, last, parts in stage.offsets
+        ]
+        self._groups = [(g, rows_of[g.name], stage.local[rows_of[g.name]]) for g in groups]
+        self._shift_rows = {
+            g.name: (places.tensor(rows), places.tensor(local)) for g, rows, local in self._groups
+        }
+        self._slot = places.new_slot(by_rows=True)
+        for g, rows, local in self._groups:
+            places.put(self._slot, g.name, local, rows)
+        self.reason = "; ".join(stage.reasons)
+        names = ", ".join(f"{g.name}{'' if r.size == g.neurons else f'[{r.size} of {g.neurons}]'}" for g, r, _ in self._groups)
+        sources = sorted({b.source for b in edges.bundles} - {g.name for g in groups})
+        added = sum(len(parts) for _, _, parts in stage.offsets)
+        self.text = (
+            f"{names} <- walk of {self.plan.neurons:,} rows, {self.plan.edges:,} edges, {self.plan.levels:,} levels"
+            f" from {', '.join(sources) or 'themselves'}{f' + {added} matrix parts' if added else ''}"
+        )
+
+    def run(self, run: Run) -> None:
+        parts = [fetch.flat(run).t() for fetch in self._inputs]
+        like = run.slots[0]
+        assert like is not None
+        if len(parts) == 1:
+            x = parts[0].contiguous()
+        else:
+            x = torch.cat(parts) if parts else like.new_zeros(0, run.batch)
+        w = _joined([run.tensors[name].reshape(-1) for name in self._weights], like)
+        b = _joined([run.tensors[name] for name in self._biases], like) if self._biases else None
+        run.slots[self._slot] = self._walk(self.plan, x, w, b, self._offset(run, like))
+
+    def _offset(self, run: Run, like: Tensor) -> Tensor | None:
+        offset: Tensor | None = None
+        if self._offsets:
+            pieces, done = [], 0
+            for first, last, parts in self._offsets:
+                if first > done:
+                    pieces.append(like.new_zeros(first - done, run.batch))
+                total = parts[0](run)
+                for part in parts[1:]:
+                    total = total + part(run).reshape(total.shape)
+                pieces.append(total.flatten(1).t())
+                done = last
+            if done < self.plan.neurons:
+                pieces.append(like.new_zeros(self.plan.neurons - done, run.batch))
+            offset = torch.cat(pieces).contiguous()
+        for name, (rows, local) in self._shift_rows.items():
+            if name in run.shifts:
+                shift = run.shifts[name].flatten(1).index_select(1, local).t()
+                if offset is None:
+                    offset = like.new_zeros(self.plan.neurons, run.batch)
+                offset = offset.index_add(0, rows, shift)
+        return offset
+
+
+class _Edges:
+    """The edges of a walk, sorted by row: what `plan` takes."""
+
+    def __init__(self) -> None:
+        self.inputs = 0
+        self.fetches: list[Fetch] = []
+        self.bundles: list[Bundle] = []
+        self.pointer = np.zeros(1, np.int64)
+        self.column = self.weight = np.empty(0, np.int32)
+
+
+def _edges(
+    network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArray[np.int32]], places: Places
+) -> _Edges:
+    """Every edge of these bundles into the rows of a walk. Value rows: inputs from outside first, then the rows."""
+    out = _Edges()
+    rows_total = max(int(rows.max(initial=-1)) for rows in row_of.values()) + 1
+    rows, sources, weights, owners = [], [], [], []
+    first_weight = 0
+    for bundle in bundles:
+        s, t, w = bundle.pattern.all_edges(*network.shapes(bundle))
+        row = row_of[bundle.target][t]
+        if row.size and row.min() < 0:
+            keep = np.flatnonzero(row >= 0)
+            s, w, row = s[keep], w[keep], row[keep]
+        rows.append(row)
+        sources.append(s)
+        weights.append(w + first_weight if first_weight else w)
+        owners.append(bundle.source)
+        out.bundles.append(bundle)
+        first_weight += bundle.weight.numel()
+    columns_of: dict[str, NDArray[np.int32]] = {}
+    for name in dict.fromkeys(owners):
+        neurons = network.groups[name].neurons
+        inner = row_of.get(name)
+        used = np.zeros(neurons, bool)
+        for s, owner in zip(sources, owners, strict=True):
+            if owner == name:
+                used[s] = True
+        outside = np.flatnonzero(used if inner is None else used & (inner < 0))
+        column = np.full(neurons, -1, np.int64)
+        if outside.size:
+            if inner is None and 2 * outside.size >= neurons:
+                outside = np.arange(neurons)  # most are read: take the group as it lies
+            out.fetches.append(places.fetch(name, None if outside.size == neurons else outside))
+            column[outside] = out.inputs + np.arange(outside.size)
+            out.inputs += outside.size
+        columns_of[name] = column
+    for name, column in columns_of.items():
+        inner = row_of.get(name)
+        if inner is not None:
+            column[inner >= 0] = inner[inner >= 0] + out.inputs
+    column = [columns_of[owner][s] for owner, s in zip(owners, sources, strict=True)]
+    row = np.concatenate(rows) if rows else np.empty(0, np.int32)
+    out.pointer, order = graph.compressed_rows(row, rows_total)
+    if column:
+        out.column = np.concatenate(column)[order].astype(np.int32)
+        out.weight = np.concatenate(weights)[order].astype(np.int32)
+    return out
+
+
+def _bias_index(groups: Sequence[Group], owner: NDArray[np.int32], local: NDArray[np.integer]) -> NDArray[np.int32]:
+    bias, first = np.full(owner.size, -1, np.int32), 0
+    for n, group in enumerate(groups):
+        if group.bias is not None:
+            mine = owner == n
+            bias[mine] = first + local[mine] // group.positions
+            first += group.units
+    return bias
+
+
+def _walked(network: Network, group: Group, part: Part, places: Places, walk):  # type: ignore[no-untyped-def]
+    """Single edges aggregated by a walk of their own, before a norm or dropout: `(run) -> [B, neurons]`."""
+    row_of = {group.name: np.arange(group.neurons, dtype=np.int32)}
+    edges = _edges(network, part.walked, row_of, places)
+    kind = walk_kernel.MAX if group.aggregation == "max" else walk_kernel.SUM
+    plan = walk_kernel.plan(
+        edges.inputs, edges.pointer, edges.column, code=0, weight=edges.weight, aggregation=kind, bias=-1
+    )
+    names = [b.tensor for b in edges.bundles]
+
+    def walked(run: Run) -> Tensor:
+        x = torch.cat([fetch.flat(run).t() for fetch in edges.fetches]).contiguous()
+        w = _joined([run.tensors[name].reshape(-1) for name in names], x)
+        return walk(plan, x, w, None, None).t()
+
+    return walked, "walk"
+
+
+def _joined(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat(list(tensors)) if tensors else like.new_zeros(0)
