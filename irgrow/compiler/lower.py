@@ -156,21 +156,27 @@ class WalkStep:
         self._biases = [f"bias.{g.name}" for g in groups if g.bias is not None]
         bias = _bias_index(groups, owner, stage.local)
         self.plan = walk_kernel.plan(
-            edges.inputs, edges.pointer, edges.column, code=code, weight=edges.weight, aggregation=maximum[owner], bias=bias
+            edges.inputs,
+            edges.pointer,
+            edges.column,
+            code=code,
+            weight=edges.weight,
+            aggregation=maximum[owner],
+            bias=bias,
         )
         self._offsets = [
             (first, last, [part_function(network, part, places)[0] for part in parts])
             for first, last, parts in stage.offsets
         ]
         self._groups = [(g, rows_of[g.name], stage.local[rows_of[g.name]]) for g in groups]
-        self._shift_rows = {
-            g.name: (places.tensor(rows), places.tensor(local)) for g, rows, local in self._groups
-        }
+        self._shift_rows = {g.name: (places.tensor(rows), places.tensor(local)) for g, rows, local in self._groups}
         self._slot = places.new_slot(by_rows=True)
         for g, rows, local in self._groups:
             places.put(self._slot, g.name, local, rows)
         self.reason = "; ".join(stage.reasons)
-        names = ", ".join(f"{g.name}{'' if r.size == g.neurons else f'[{r.size} of {g.neurons}]'}" for g, r, _ in self._groups)
+        names = ", ".join(
+            f"{g.name}{'' if r.size == g.neurons else f'[{r.size} of {g.neurons}]'}" for g, r, _ in self._groups
+        )
         sources = sorted({b.source for b in edges.bundles} - {g.name for g in groups})
         added = sum(len(parts) for _, _, parts in stage.offsets)
         self.text = (
@@ -225,9 +231,7 @@ class _Edges:
         self.column = self.weight = np.empty(0, np.int32)
 
 
-def _edges(
-    network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArray[np.int32]], places: Places
-) -> _Edges:
+def _edges(network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArray[np.int32]], places: Places) -> _Edges:
     """Every edge of these bundles into the rows of a walk. Value rows: inputs from outside first, then the rows."""
     out = _Edges()
     rows_total = max(int(rows.max(initial=-1)) for rows in row_of.values()) + 1

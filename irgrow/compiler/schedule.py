@@ -307,5 +307,3 @@ def _piece(network: Network, bundle: Bundle, local: Local, reason: str) -> Part 
     used = np.unique(pattern.source if edges is None else pattern.source[edges])
     columns = None if used.size == network.groups[bundle.source].neurons else used
     return Part(bundle, reason, rows=local, columns=columns, masked=True, edges=edges)
-
-

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from irgrow.ir.errors import StaleMorphism
-from irgrow.ir.pattern import Pattern, Shape
+from irgrow.ir.pattern import Dense, Edges, Pattern, Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,10 @@ class Gather(ABC):
     def pick(self, old: Tensor) -> Tensor:
         """old[index] without the value factor, 0 where there is no old entry (for optimizer state)."""
         return self.flat().pick(old)
+
+    def covers(self) -> Tensor:
+        """Mask of the new entries that have an old one."""
+        return self.flat().index.reshape(self.shape) >= 0
 
     def then(self, later: Gather) -> Gather:
         """First this gather, then `later` on its result."""
@@ -84,13 +91,30 @@ class Axes(Gather):
     def exact(self) -> bool:
         return all(i is None for i in self.index) and all(v is None for v in (*self.value, *self.gradient))
 
+    @cached_property
+    def appends(self) -> bool:
+        """Whether old entries stay where they are, unscaled, and new ones stand behind them (the usual growth)."""
+        if any(v is not None for v in (*self.value, *self.gradient)):
+            return False
+        return all(
+            index is None or _is_prefix(index.numpy(), old)
+            for index, old in zip(self.index, self.old_shape, strict=True)
+        )
+
     def take(self, old: Tensor) -> Tensor:
         return self._gather(old, self.value)
 
     def pick(self, old: Tensor) -> Tensor:
         return self._gather(old, (None,) * len(self.index))
 
+    def padded(self, old: Tensor, fill: float = 0.0) -> Tensor:
+        """The old tensor with `fill` in the new entries (only if `appends`)."""
+        widths = [w for new, was in zip(self.shape[::-1], self.old_shape[::-1], strict=True) for w in (0, new - was)]
+        return F.pad(old, widths, value=fill)
+
     def _gather(self, old: Tensor, value: tuple[Tensor | None, ...]) -> Tensor:
+        if self.appends:
+            return old if self.shape == self.old_shape else self.padded(old)
         for axis, (index, factor) in enumerate(zip(self.index, value, strict=True)):
             scale = factor
             if index is not None:
@@ -208,33 +232,40 @@ class Through(Gather):
 
     Every new entry with an edge takes the old weight of that edge; entries without stay 0. The edges are
     matched when needed, chunk by chunk, so a CNN -> FCN embedding stores two patterns and two shapes.
-    `ties` (None: undefined) is the gradient factor; untying has no exact one (ALGORITHMS, section 7).
+    The gradient factor is 1 for a weight of one edge. Untying a shared weight has no exact factor: its
+    entries get 1 / number of ties with `share`, else none (ALGORITHMS, section 7).
     """
 
     old_pattern: Pattern
     pattern: Pattern
     between: tuple[Shape, Shape]  # shapes of source and target before
     after: tuple[Shape, Shape]  # shapes of source and target after; the same neurons in the same order
-    share: bool = False  # True: the gradient factor is 1 / number of ties
+    share: bool = False
 
     def take(self, old: Tensor) -> Tensor:
         out = old.new_zeros(math.prod(self.shape))
         flat = old.reshape(-1)
         for new, before in self._matches():
-            out = out.index_copy(0, new.to(old.device), flat[before.to(old.device)])
+            out.index_copy_(0, new.to(old.device), flat[before.to(old.device)])
         return out.reshape(self.shape)
 
     def pick(self, old: Tensor) -> Tensor:
         return self.take(old)
 
+    def covers(self) -> Tensor:
+        mask = torch.zeros(math.prod(self.shape), dtype=torch.bool)
+        for new, _ in self._matches():
+            mask[new] = True
+        return mask.reshape(self.shape)
+
     def factor(self) -> Tensor | None:
+        ties = torch.zeros(math.prod(self.old_shape), dtype=torch.float64)
+        for _, before in self._matches():
+            ties += torch.bincount(before, minlength=ties.numel())
+        factor = 1.0 / ties if self.share else torch.where(ties == 1, 1.0, torch.nan)
         out = torch.full((math.prod(self.shape),), torch.nan, dtype=torch.float64)
-        if self.share:
-            ties = torch.zeros(math.prod(self.old_shape), dtype=torch.float64)
-            for _, before in self._matches():
-                ties += torch.bincount(before, minlength=ties.numel())
-            for new, before in self._matches():
-                out[new] = 1.0 / ties[before]
+        for new, before in self._matches():
+            out[new] = factor[before]
         return out.reshape(self.shape)
 
     def flat(self) -> Flat:
@@ -245,21 +276,37 @@ class Through(Gather):
         assert factor is not None
         return Flat(self.source, self.old_shape, self.shape, index, None, factor.reshape(-1))
 
-    def _matches(self):  # type: ignore[no-untyped-def]
+    def _matches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (new weight index, old weight index), chunk by chunk."""
-        from irgrow.ir.pattern import Dense
-
+        old = self.old_pattern.edges(*self.between)
         if isinstance(self.pattern, Dense):
             columns = math.prod(self.after[0])
-            for s, t, w in self.old_pattern.edges(*self.between):
+            for s, t, w in old:
                 yield torch.from_numpy(t.astype(np.int64) * columns + s), torch.from_numpy(w.astype(np.int64))
             return
-        for (s, t, w), (s2, t2, w2) in zip(
-            self.old_pattern.edges(*self.between), self.pattern.edges(*self.after), strict=True
-        ):
+        for (s, t, w), (s2, t2, w2) in _in_step(old, self.pattern.edges(*self.after)):
             if not (np.array_equal(s, s2) and np.array_equal(t, t2)):
                 raise StaleMorphism("Through", "patterns whose edges do not match")
             yield torch.from_numpy(w2.astype(np.int64)), torch.from_numpy(w.astype(np.int64))
+
+
+def _in_step(ours: Iterator[Edges], theirs: Iterator[Edges]) -> Iterator[tuple[Edges, Edges]]:
+    """The edges of both in pieces of equal length, however each is cut into chunks."""
+    none = np.empty(0, np.int64)
+    a: Edges = (none, none, none)
+    b = a
+    while True:
+        if a[0].size == 0:
+            a = next(ours, a)
+        if b[0].size == 0:
+            b = next(theirs, b)
+        both = min(a[0].size, b[0].size)
+        if both == 0:
+            if a[0].size != b[0].size:
+                raise StaleMorphism("Through", "patterns with different numbers of edges")
+            return
+        yield (a[0][:both], a[1][:both], a[2][:both]), (b[0][:both], b[1][:both], b[2][:both])
+        a, b = (a[0][both:], a[1][both:], a[2][both:]), (b[0][both:], b[1][both:], b[2][both:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,26 +325,28 @@ class Lineage:
         g = self.gathers.get(name, ())
         return len(g) == 1 and g[0].exact and g[0].source == name
 
-    def carry(self, state: Mapping[str, Tensor], name: str, like: Tensor, power: int) -> Tensor:
-        """Optimizer state of one new tensor: factor**power * state[index]; 0 where it starts fresh.
+    def carry(
+        self, states: Sequence[Mapping[str, Tensor]], name: str, like: Tensor, powers: Sequence[int]
+    ) -> list[Tensor]:
+        """Optimizer state of one new tensor: per kind of state, factor**power * state[index]; 0 where it starts fresh.
 
         The first gather with a defined factor decides (a merged entry keeps the state of its first part).
-        `power` is 1 for first moments, 2 for second moments (ALGORITHMS, section 7).
+        A power is 1 for first moments, 2 for second moments (ALGORITHMS, section 7).
         """
-        out = torch.zeros_like(like)
+        out = [torch.zeros(like.shape, dtype=like.dtype, device=like.device) for _ in states]
         done: Tensor | None = None
         for g in self.gathers.get(name, ()):
-            if g.source not in state:
-                continue
-            picked, factor = g.pick(state[g.source]).to(like), g.factor()
+            factor = g.factor()
             if factor is None:
-                fresh = torch.ones_like(like, dtype=torch.bool)
+                use = torch.ones(like.shape, dtype=torch.bool, device=like.device)
             else:
                 factor = factor.to(like.device)
-                fresh = ~factor.isnan()
-                picked = picked * factor.nan_to_num(0.0).to(like) ** power
-            use = fresh if done is None else fresh & ~done
-            out = torch.where(use, picked, out)
+                use, factor = ~factor.isnan(), factor.nan_to_num(0.0).to(like.dtype)
+            use = use if done is None else use & ~done
+            for k, (table, power) in enumerate(zip(states, powers, strict=True)):
+                if g.source in table:
+                    picked = g.pick(table[g.source]).to(like.dtype)
+                    out[k] = torch.where(use, picked if factor is None else picked * factor**power, out[k])
             done = use if done is None else done | use
         return out
 
@@ -317,6 +366,10 @@ class Lineage:
                 first.then(second) for second in gathers for first in self.gathers.get(second.source, ())
             )
         return Lineage(composed)
+
+
+def _is_prefix(index: NDArray[np.int64], old: int) -> bool:
+    return index.size >= old and bool((index[old:] < 0).all()) and bool((index[:old] == np.arange(old)).all())
 
 
 def _along(vector: Tensor, axis: int, dims: int) -> Tensor:

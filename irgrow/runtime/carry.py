@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irgrow.ir.lineage import Lineage
+from irgrow.ir.lineage import Axes, Lineage
 
 FIRST = ("exp_avg", "momentum_buffer", "grad_avg")  # follow the gradient
 SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")  # follow its square
@@ -31,24 +31,42 @@ def carried_state(
 
     Works for SGD (momentum), Adam, AdamW (amsgrad too), RMSprop (centered, momentum) and Adagrad.
     """
-    sources = [g.source for g in lineage.gathers.get(name, ()) if states.get(g.source)]
+    gathers = lineage.gathers.get(name, ())
+    sources = [g.source for g in gathers if states.get(g.source)]
     if not sources:
         return {}
-    known = lineage.defined(name, new)
-    if not bool(known.any()):
-        return {}
     out: dict[str, Any] = {}
+    moments: list[str] = []
     for key, value in states[sources[0]].items():
         if isinstance(value, Tensor) and key in (*FIRST, *SECOND):
-            table = {source: states[source][key] for source in sources if states[source].get(key) is not None}
-            power = 1 if key in FIRST else 2
-            moment = lineage.carry(table, name, new.detach().to(value.dtype), power)
-            if power == 2 and not bool(known.all()):
-                start = options.get("initial_accumulator_value", 0.0) if key == "sum" else moment[known].mean()
-                moment = torch.where(known, moment, torch.as_tensor(start).to(moment))
-            out[key] = moment
+            moments.append(key)
         elif isinstance(value, Tensor) and value.dim():
             continue  # a tensor this optimizer keeps that we do not know: it starts fresh
         else:
             out[key] = value.clone() if isinstance(value, Tensor) else value
+    only = gathers[0]
+    if len(gathers) == 1 and isinstance(only, Axes) and only.appends:
+        old = states[only.source]
+        for key in moments:
+            fill = _start(key, old[key], options) if key in SECOND and only.shape != only.old_shape else 0.0
+            out[key] = only.padded(old[key], fill)
+        return out
+    known = lineage.defined(name, new)
+    if not bool(known.any()):
+        return {}
+    tables = [{s: states[s][key] for s in sources if states[s].get(key) is not None} for key in moments]
+    powers = [1 if key in FIRST else 2 for key in moments]
+    like = new.detach().to(next(iter(tables[0].values())).dtype) if moments else new
+    complete = bool(known.all())
+    for key, moment in zip(moments, lineage.carry(tables, name, like, powers), strict=True):
+        if key in SECOND and not complete:
+            moment = torch.where(known, moment, _start(key, moment[known], options))
+        out[key] = moment
     return out
+
+
+def _start(key: str, carried: Tensor, options: Mapping[str, Any]) -> float:
+    """Where the second moment of a fresh entry starts: Adagrad's own initial value, else the carried ones' mean."""
+    if key == "sum":
+        return float(options.get("initial_accumulator_value", 0.0))
+    return carried.mean().item() if carried.numel() else 0.0

@@ -22,7 +22,10 @@ def grow(models: Sequence[CompiledNetwork], morphism: Morphism, optimizer: torch
     for model in models:
         if model.structure.structure != morphism.before.structure:
             raise StaleMorphism(
-                f"grow by {morphism.by}", "a morphism of another structure", "one made from model.network()", do="make it again"
+                f"grow by {morphism.by}",
+                "a morphism of another structure",
+                "one made from model.network()",
+                do="make it again",
             )
     plans = [_Plan(model, morphism) for model in models]
     if optimizer is not None:

@@ -52,9 +52,7 @@ class CompiledNetwork(nn.Module):
     `print(model.program)` shows the steps, `model.explain()` also why each runs the way it does.
     """
 
-    def __init__(
-        self, network: Network, *, backend: str = "auto", device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, network: Network, *, backend: str = "auto", device: torch.device | str | None = None) -> None:
         super().__init__()
         network.verify()
         self.backend = backend
@@ -111,9 +109,7 @@ class CompiledNetwork(nn.Module):
         self._check(inputs)
         for name in (*values, *(shifts or {})):
             self._structure.group(name)
-        outputs, recorded = self._program.run(
-            self._tensors, inputs, train=self.training, values=values, shifts=shifts
-        )
+        outputs, recorded = self._program.run(self._tensors, inputs, train=self.training, values=values, shifts=shifts)
         return (outputs[0] if len(outputs) == 1 else outputs), recorded
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
