@@ -169,11 +169,45 @@ class Edit:
         self._gathers[name] = tuple(first.then(gather) for first in self._gathers[name])
         self._put(name, gather.take(old.detach()))
 
+    def flatten(self, name: str, *, share: bool = False) -> None:
+        """The group is flat, one unit per neuron, with the same numbers; its per-unit tensors are repeated.
+
+        Gradients of the repeated tensors are undefined (`share`: the old one divided by the positions).
+        Bundles at the group are the caller's to fit.
+        """
+        group = self.groups[name]
+        if len(group.shape) == 1:
+            return
+        serials = (group.serials[:, None] + np.arange(group.positions)).ravel()
+        self.groups[name] = replace(group, shape=(group.neurons,), serials=serials)
+        index = torch.arange(group.units).repeat_interleave(group.positions)
+        factor = torch.full((group.neurons,), 1.0 / group.positions if share else torch.nan, dtype=torch.float64)
+        for tensor, old in group.tensors():
+            tied = tensor.startswith(("bias.", "scale.", "shift.")) and group.positions > 1
+            gradient = (factor if tied else None,)
+            gather = Axes(tensor, (group.units,), (group.neurons,), (index,), (None,), gradient)
+            self._gather(tensor, old, gather)
+
     # ---- edges --------------------------------------------------------------------------------------------
 
-    def keep_edges(self, name: str, keep: NDArray[np.bool_]) -> None:
-        """Removes the edges of a bundle where `keep` (one per edge) is False; the rest is a Sparse, ties kept."""
+    def repattern(self, name: str, pattern: Pattern, gather: Gather) -> None:
+        """The bundle has another pattern; `gather` says how its weights come from those it has now."""
         bundle = self.bundles[name]
+        self.bundles[name] = replace(bundle, pattern=pattern)
+        self._gather(bundle.tensor, bundle.weight, gather)
+
+    def add_gather(self, name: str, gather: Gather) -> None:
+        """Adds entries of a tensor of the network before to a tensor of the one in progress."""
+        self._gathers[name] += (gather,)
+        old = self.before.tensors()[gather.source].detach()
+        self._put(name, self.tensor(name) + gather.take(old))
+
+    def keep_edges(self, name: str, keep: NDArray[np.bool_]) -> None:
+        """Removes the edges of a bundle where `keep` (one per edge) is False; the rest is a Sparse, ties kept.
+
+        The gradient of a shared weight that loses an edge is undefined.
+        """
+        bundle, lost = self.bundles[name], np.empty(0, np.int64)
         shapes = self.shapes(name)
         s, t, w = bundle.pattern.all_edges(*shapes)
         tags = {n: tag[keep] for n, tag in _tags(bundle.pattern).items()}
@@ -184,8 +218,10 @@ class Edit:
         else:
             weights, at = np.unique(w[keep], return_inverse=True)
             index = None if np.array_equal(at, np.arange(weights.size)) else at
+            lost = np.unique(w[~keep])
         pattern = Sparse(s[keep], t[keep], index, weights.size, tags)
-        self._replace_flat(name, pattern, torch.from_numpy(weights.astype(np.int64)))
+        gradient = np.where(np.isin(weights, lost), np.nan, 1.0) if lost.size else None
+        self._replace_flat(name, pattern, torch.from_numpy(weights.astype(np.int64)), _tensor(gradient))
 
     def add_edges(
         self,
@@ -251,13 +287,11 @@ class Edit:
         tags = dict(pattern.tags) | {tag: np.asarray(values, np.int32)}
         self.bundles[name] = replace(self.bundles[name], pattern=replace(pattern, tags=tags))
 
-    def _replace_flat(self, name: str, pattern: Sparse, index: Tensor) -> None:
+    def _replace_flat(self, name: str, pattern: Sparse, index: Tensor, gradient: Tensor | None = None) -> None:
         """The bundle gets this pattern; its weight e is entry index[e] of the flattened old one (-1: none)."""
         bundle = self.bundles[name]
         old = tuple(bundle.weight.shape)
-        gather = Flat(bundle.tensor, old, (index.numel(),), index)
-        self.bundles[name] = replace(bundle, pattern=pattern)
-        self._gather(bundle.tensor, bundle.weight, gather)
+        self.repattern(name, pattern, Flat(bundle.tensor, old, (index.numel(),), index, None, gradient))
 
     # ---- the end ------------------------------------------------------------------------------------------
 
