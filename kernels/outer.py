@@ -1,0 +1,331 @@
+"""Sums over samples of outer products of features, in float64: S = sum b b^T, M = sum b g^T, ...
+
+Features are [n, width] (one row per sample), or a list of such blocks standing side by side. With `ones` a
+constant-1 feature stands after the last one. Each chunk of samples is turned feature-major once, multiplied in its
+own precision (float64 stays float64, everything else becomes float32) and added into float64 sums.
+Symmetric sums are computed on and above the diagonal, a strip of columns at a time, and mirrored once at the end.
+Nothing depends on scheduling: the same calls give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Features = Tensor | Sequence[Tensor]
+
+# Longer chunks would make the float64 additions cheaper and float32 rounding worse; here both are small.
+CHUNK = 1024
+_STRIP = 128  # columns of a symmetric sum per product
+_WORTH_PREPARING = 2**23  # multiply-adds; oneDNN builds a kernel per new shape (0.7 ms)
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def accumulate_reference(
+    out: Tensor, left: Features, right: Features, *, scale: float = 1.0, ones: bool = False
+) -> Tensor:
+    """`accumulate` by its definition."""
+    return out.add_(_side_by_side(left, ones).T @ _side_by_side(right, False), alpha=scale)
+
+
+def accumulate_gram_reference(out: Tensor, features: Features, *, scale: float = 1.0, ones: bool = False) -> Tensor:
+    """`accumulate_gram` by its definition (the part below the diagonal as well)."""
+    b = _side_by_side(features, ones)
+    return out.add_(b.T @ b, alpha=scale)
+
+
+@torch.no_grad()
+def accumulate(
+    out: Tensor, left: Features, right: Features, *, scale: float = 1.0, ones: bool = False, chunk: int = CHUNK
+) -> Tensor:
+    """`out` has grown by scale * sum_i left_i right_i^T.
+
+    out [p, q] float64, left [n, p], right [n, q]; with `ones` left has a constant 1 last and out is [p + 1, q].
+    Raises ValueError for shapes that do not fit, TypeError if out is not float64.
+    """
+    left_blocks, right_blocks = _blocks("left", left), _blocks("right", right)
+    n, dtype = _samples([*left_blocks, *right_blocks]), _precision([*left_blocks, *right_blocks])
+    _check_out("accumulate", out, _width(left_blocks) + ones, _width(right_blocks))
+    for a in range(0, n, chunk):
+        rows = slice(a, min(a + chunk, n))
+        columns, others = _feature_major(left_blocks, rows, ones, dtype), _sample_major(right_blocks, rows, dtype)
+        out.add_(row_products(columns, others.T), alpha=scale)
+    return out
+
+
+@torch.no_grad()
+def accumulate_gram(
+    out: Tensor, features: Features, *, scale: float = 1.0, ones: bool = False, chunk: int = CHUNK
+) -> Tensor:
+    """On and above its diagonal, `out` has grown by scale * sum_i b_i b_i^T; `mirror` it when all is added.
+
+    out [d, d] float64, features [n, d]; with `ones` a constant 1 is the last feature and out is [d + 1, d + 1].
+    What stands below the diagonal afterwards means nothing. Errors as in `accumulate`.
+    """
+    blocks = _blocks("features", features)
+    n, dtype, d = _samples(blocks), _precision(blocks), _width(blocks) + ones
+    _check_out("accumulate_gram", out, d, d)
+    for a in range(0, n, chunk):
+        _add_gram(out, _feature_major(blocks, slice(a, min(a + chunk, n)), ones, dtype), scale)
+    return out
+
+
+@torch.no_grad()
+def mirror(out: Tensor) -> Tensor:
+    """What stands below the diagonal of `out` [d, d] is what stands above it."""
+    if out.ndim != 2 or out.shape[0] != out.shape[1]:
+        raise ValueError(f"mirror: out has shape {tuple(out.shape)}, expected a square matrix")
+    d = len(out)
+    for a in range(0, d, _STRIP):
+        b = min(a + _STRIP, d)
+        corner = out[a:b, a:b]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        out[b:, a:b].copy_(out[a:b, b:].T)
+    return out
+
+
+class OuterSums:
+    """Chosen sums of products of named features over batches: float64, and independent of the batch size.
+
+        sums = OuterSums([("b", "b"), ("b", "g")], ones={"b"})
+        for ...: sums.add({"b": hidden, "g": gradient}, scales={"g": len(gradient)})
+        S, M_prev = sums[("b", "b")], sums[("b", "g")]
+
+    Batches fill one buffer of `chunk` samples per name, shared by all products it takes part in, so small batches
+    cost what large ones do, and the same samples in other batches give the same bits. What stands left in a product
+    or in a symmetric one is kept feature-major [width, chunk]; the rest sample-major [chunk, width].
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]], *, ones: Collection[str] = (), chunk: int = CHUNK) -> None:
+        self.pairs = tuple(dict.fromkeys(pairs))
+        self.names = tuple(dict.fromkeys(name for pair in self.pairs for name in pair))
+        self.n = 0  # samples added
+        if chunk < 1:
+            raise ValueError(f"OuterSums: chunk is {chunk}, expected at least 1")
+        unknown = sorted(set(ones) - set(self.names))
+        if unknown:
+            raise ValueError(f"OuterSums: ones for {unknown}, expected names among {list(self.names)}")
+        self._ones = frozenset(ones)
+        self._feature_major = {left for left, _ in self.pairs} | self._ones
+        self._chunk = chunk
+        self._filled = 0
+        self._buffers: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, str], Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, features: Mapping[str, Features], *, scales: Mapping[str, float] | None = None) -> None:
+        """The sums hold these samples too. `features[name]` [n, width], `scales[name]` multiplies a feature.
+
+        (The constant 1 of `ones` stays 1.) Raises ValueError for a missing or unknown name, or for another width,
+        dtype or number of samples than expected.
+        """
+        if set(features) != set(self.names):
+            raise ValueError(f"OuterSums: features named {sorted(features)}, expected {sorted(self.names)}")
+        blocks = {name: _blocks(name, features[name]) for name in self.names}
+        n = _samples([block for of_one in blocks.values() for block in of_one])
+        if not self._buffers:
+            self._allocate(blocks)
+        for name, of_one in blocks.items():
+            found = (_width(of_one) + (name in self._ones), _precision(of_one))
+            expected = (self._width_of(name), self._precision)
+            if found[0] != expected[0] or (found[1] != expected[1] and expected[1] == torch.float32):
+                raise ValueError(f"OuterSums: {name} has width and dtype {found}, expected {expected} as before")
+        for a, b in self._pieces(n):
+            for name, of_one in blocks.items():
+                place = self._columns(name, self._filled, self._filled + b - a)
+                _store(place, of_one, slice(a, b), (scales or {}).get(name, 1.0))
+                if name in self._ones:
+                    place[-1] = 1.0
+            self._filled += b - a
+            if self._filled == self._chunk:
+                self._multiply(self._sums)
+                self._filled = 0
+        self.n += n
+
+    @torch.no_grad()
+    def sums(self) -> dict[tuple[str, str], Tensor]:
+        """All sums so far, as new float64 tensors. Adding may go on afterwards."""
+        if not self._buffers:
+            raise ValueError("OuterSums: nothing was added, expected at least one batch (it may be empty)")
+        result = {pair: total.clone() for pair, total in self._sums.items()}
+        if self._filled:
+            self._multiply(result)
+        for (left, right), total in result.items():
+            if left == right:
+                mirror(total)
+        return result
+
+    def __getitem__(self, pair: tuple[str, str]) -> Tensor:
+        if pair not in self.pairs:
+            raise KeyError(f"OuterSums: {pair} is not among the pairs {list(self.pairs)}")
+        return self.sums()[pair]
+
+    def _allocate(self, blocks: Mapping[str, Sequence[Tensor]]) -> None:
+        every = [block for of_one in blocks.values() for block in of_one]
+        self._precision = _precision(every)
+        device = every[0].device
+        for name, of_one in blocks.items():
+            shape = _width(of_one) + (name in self._ones), self._chunk
+            shape = shape if name in self._feature_major else shape[::-1]
+            self._buffers[name] = torch.empty(shape, dtype=self._precision, device=device)
+        for left, right in self.pairs:
+            shape = self._width_of(left), self._width_of(right)
+            self._sums[left, right] = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
+        a = 0
+        while a < n:
+            b = min(n, a + self._chunk - self._filled)
+            yield a, b
+            a = b
+
+    def _columns(self, name: str, start: int, stop: int) -> Tensor:
+        """[width, samples] of the buffered samples start..stop-1: a view."""
+        buffer = self._buffers[name]
+        return buffer[:, start:stop] if name in self._feature_major else buffer[start:stop].T
+
+    def _width_of(self, name: str) -> int:
+        return len(self._columns(name, 0, 0))
+
+    def _multiply(self, sums: Mapping[tuple[str, str], Tensor]) -> None:
+        columns = {name: self._columns(name, 0, self._filled) for name in self.names}
+        for name in self._feature_major:
+            columns[name] = columns[name].contiguous()
+        for (left, right), total in sums.items():
+            if left == right:
+                _add_gram(total, columns[left], 1.0)
+            else:
+                total.add_(row_products(columns[left], columns[right]))
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T: every row of left [p, n] times every row of right [q, n], in full precision of their dtype.
+
+    float32 on a CPU goes through oneDNN, which has kernels for what the processor can do; MKL's are up to 2.2 times
+    slower on some (AMD with AVX-512). Whatever the user allows matrix products elsewhere, no bfloat16 or tf32 here.
+    """
+    with _full_precision(left.device.type):
+        size = left.shape[0] * left.shape[1] * right.shape[0]
+        if _ONEDNN is None or left.device.type != "cpu" or left.dtype != torch.float32 or size < _WORTH_PREPARING:
+            return left @ right.T
+        # Only operands without gaps: for others oneDNN falls back to a loop a thousand times slower.
+        right = right if right.T.is_contiguous() else right.contiguous()
+        return _ONEDNN(left.contiguous(), right, None, "none", [], "")
+
+
+def accumulate_cost(n: int, p: int, q: int, *, itemsize: int = 4) -> tuple[int, int]:
+    """(flops, bytes) of `accumulate`: one product per chunk, its result added in float64."""
+    chunks = -(-n // CHUNK)
+    return 2 * n * p * q, itemsize * (3 * n * (p + q) + chunks * p * q) + 16 * chunks * p * q
+
+
+def gram_cost(n: int, d: int, *, itemsize: int = 4) -> tuple[int, int]:
+    """(flops, bytes) of `accumulate_gram`: the triangle, and half a strip more on the diagonal."""
+    chunks, entries = -(-n // CHUNK), d * (d + min(d, _STRIP)) // 2
+    return 2 * n * entries, itemsize * (3 * n * d + chunks * entries) + 16 * chunks * entries
+
+
+# --- parts ----------------------------------------------------------------------------------------------------
+
+
+def _add_gram(out: Tensor, columns: Tensor, scale: float) -> None:
+    """out (on and above the diagonal) += scale * columns columns^T, for columns [d, n]."""
+    d = len(columns)
+    strip = _STRIP if d > 1.5 * _STRIP else d
+    for a in range(0, d, max(1, strip)):
+        b = min(a + strip, d)
+        out[:b, a:b].add_(row_products(columns[:b], columns[a:b]), alpha=scale)
+
+
+def _feature_major(blocks: Sequence[Tensor], rows: slice, ones: bool, dtype: torch.dtype) -> Tensor:
+    """[width (+ 1), samples], contiguous; a view if the caller's features already stand like that."""
+    if len(blocks) == 1 and not ones and blocks[0].dtype == dtype:
+        columns = blocks[0][rows].T
+        if columns.is_contiguous():
+            return columns
+    columns = blocks[0].new_empty(_width(blocks) + ones, rows.stop - rows.start, dtype=dtype)
+    _store(columns, blocks, rows, 1.0)
+    if ones:
+        columns[-1] = 1.0
+    return columns
+
+
+def _sample_major(blocks: Sequence[Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
+    """[samples, width] without gaps; what is needed on the right of a product is not transposed."""
+    if len(blocks) == 1:
+        return blocks[0][rows].to(dtype)
+    return torch.cat([block[rows].to(dtype) for block in blocks], dim=1)
+
+
+def _store(columns: Tensor, blocks: Sequence[Tensor], rows: slice, scale: float) -> None:
+    start = 0
+    for block in blocks:
+        place = columns[start : start + block.shape[1]]
+        values = block[rows].T.to(columns.dtype)
+        if place.stride(-1) == 1 and not place.is_contiguous():
+            values = values.contiguous()  # and move afterwards: twice as fast as transposing into a place with gaps
+        place.copy_(values)
+        if scale != 1.0:
+            place.mul_(scale)
+        start += block.shape[1]
+
+
+@contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    backend: Any = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device)
+    setting = backend.matmul if backend is not None else None
+    kept = setting.fp32_precision if setting is not None else "none"
+    if setting is None or kept in ("none", "ieee"):
+        yield
+        return
+    setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = kept
+
+
+def _side_by_side(features: Features, ones: bool) -> Tensor:
+    blocks = [block.double() for block in _blocks("features", features)]
+    return torch.cat([*blocks, *([blocks[0].new_ones(len(blocks[0]), 1)] if ones else [])], dim=1)
+
+
+def _precision(blocks: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(block.dtype == torch.float64 for block in blocks) else torch.float32
+
+
+def _width(blocks: Sequence[Tensor]) -> int:
+    return sum(block.shape[1] for block in blocks)
+
+
+# --- what callers may get wrong -------------------------------------------------------------------------------
+
+
+def _blocks(name: str, features: Features) -> list[Tensor]:
+    blocks = [features] if isinstance(features, Tensor) else list(features)
+    if not blocks:
+        raise ValueError(f"{name} is an empty list, expected at least one block of features")
+    for block in blocks:
+        if block.ndim != 2:
+            raise ValueError(f"{name} has shape {tuple(block.shape)}, expected (samples, width)")
+        if not block.is_floating_point():
+            raise TypeError(f"{name} is {block.dtype}, expected a floating type")
+    return blocks
+
+
+def _samples(blocks: Sequence[Tensor]) -> int:
+    counts = sorted({len(block) for block in blocks})
+    if len(counts) != 1:
+        raise ValueError(f"features have {' and '.join(map(str, counts))} samples, expected one number for all")
+    return counts[0]
+
+
+def _check_out(who: str, out: Tensor, rows: int, columns: int) -> None:
+    if out.dtype != torch.float64:
+        raise TypeError(f"{who}: out is {out.dtype}, expected torch.float64")
+    if out.shape != (rows, columns):
+        raise ValueError(f"{who}: out has shape {tuple(out.shape)}, expected {(rows, columns)}")
