@@ -242,6 +242,8 @@ def _edges(network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArra
         row = row_of[bundle.target][t]
         if row.size and row.min() < 0:
             keep = np.flatnonzero(row >= 0)
+            if keep.size == 0:
+                continue
             s, w, row = s[keep], w[keep], row[keep]
         rows.append(row)
         sources.append(s)

@@ -43,6 +43,16 @@ class Gather(ABC):
     def factor(self) -> Tensor | None:
         """The gradient factor of every entry as `shape` (NaN: undefined or no old entry); None: 1 everywhere."""
 
+    def known(self) -> Tensor | None:
+        """Mask of the entries whose gradient factor is defined; None: all of them."""
+        factor = self.factor()
+        return None if factor is None else ~factor.isnan()
+
+    @property
+    def scales(self) -> bool:
+        """Whether some defined gradient factor is not 1."""
+        return True
+
     @abstractmethod
     def flat(self) -> Flat:
         """The same gather with one explicit index per entry."""
@@ -128,6 +138,10 @@ class Axes(Gather):
                 old = old * _along(scale.to(old), axis, old.dim())
         return old
 
+    @property
+    def scales(self) -> bool:
+        return any(g is not None for g in self.gradient)
+
     def factor(self) -> Tensor | None:
         out: Tensor | None = None
         for axis, (index, gradient) in enumerate(zip(self.index, self.gradient, strict=True)):
@@ -192,20 +206,43 @@ class Flat(Gather):
     def pick(self, old: Tensor) -> Tensor:
         return self._gather(old, None)
 
+    @cached_property
+    def _missing(self) -> Tensor | None:
+        """Where there is no old entry; None: nowhere."""
+        missing = self.index < 0
+        return missing if bool(missing.any()) else None
+
+    @cached_property
+    def _safe(self) -> Tensor:
+        return self.index if self._missing is None else self.index.clamp(min=0)
+
     def _gather(self, old: Tensor, value: Tensor | None) -> Tensor:
-        index, flat = self.index.to(old.device), old.reshape(-1)
+        flat = old.reshape(-1)
         if flat.numel() == 0:
             return old.new_zeros(self.shape)
-        out = flat[index.clamp(min=0)]
+        out = flat.index_select(0, self._safe.to(old.device))
         if value is not None:
             out = out * value.to(out)
-        return out.masked_fill(index < 0, 0.0).reshape(self.shape)
+        if self._missing is not None:
+            out = out.masked_fill(self._missing.to(old.device), 0.0)
+        return out.reshape(self.shape)
+
+    @property
+    def scales(self) -> bool:
+        return self.gradient is not None
 
     def factor(self) -> Tensor | None:
-        if self.gradient is None and not bool((self.index < 0).any()):
+        if self.gradient is None and self._missing is None:
             return None
         f = torch.ones(self.index.shape, dtype=torch.float64) if self.gradient is None else self.gradient.double()
-        return f.masked_fill(self.index < 0, torch.nan).reshape(self.shape)
+        if self._missing is not None:
+            f = f.masked_fill(self._missing, torch.nan)
+        return f.reshape(self.shape)
+
+    def known(self) -> Tensor | None:
+        if self.gradient is not None:
+            return super().known()
+        return None if self._missing is None else ~self._missing.reshape(self.shape)
 
     def flat(self) -> Flat:
         return self
@@ -326,37 +363,37 @@ class Lineage:
         return len(g) == 1 and g[0].exact and g[0].source == name
 
     def carry(
-        self, states: Sequence[Mapping[str, Tensor]], name: str, like: Tensor, powers: Sequence[int]
-    ) -> list[Tensor]:
+        self, states: Sequence[Mapping[str, Tensor]], name: str, powers: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Optimizer state of one new tensor: per kind of state, factor**power * state[index]; 0 where it starts fresh.
 
         The first gather with a defined factor decides (a merged entry keeps the state of its first part).
-        A power is 1 for first moments, 2 for second moments (ALGORITHMS, section 7).
+        A power is 1 for first moments, 2 for second moments (ALGORITHMS, section 7). Also returns the mask
+        of the entries that carry state (None: all).
         """
-        out = [torch.zeros(like.shape, dtype=like.dtype, device=like.device) for _ in states]
+        out: list[Tensor] = []
         done: Tensor | None = None
-        for g in self.gathers.get(name, ()):
-            factor = g.factor()
-            if factor is None:
-                use = torch.ones(like.shape, dtype=torch.bool, device=like.device)
-            else:
-                factor = factor.to(like.device)
-                use, factor = ~factor.isnan(), factor.nan_to_num(0.0).to(like.dtype)
-            use = use if done is None else use & ~done
-            for k, (table, power) in enumerate(zip(states, powers, strict=True)):
-                if g.source in table:
-                    picked = g.pick(table[g.source]).to(like.dtype)
-                    out[k] = torch.where(use, picked if factor is None else picked * factor**power, out[k])
-            done = use if done is None else done | use
-        return out
-
-    def defined(self, name: str, like: Tensor) -> Tensor:
-        """Mask of the entries whose gradient factor is defined."""
-        mask = torch.zeros(like.shape, dtype=torch.bool)
-        for g in self.gathers.get(name, ()):
-            factor = g.factor()
-            mask |= torch.ones_like(mask) if factor is None else ~factor.isnan()
-        return mask.to(like.device)
+        gathers = [g for g in self.gathers.get(name, ()) if all(g.source in table for table in states)]
+        for g in gathers:
+            known, scales = g.known(), g.scales
+            factor = None
+            if scales and (f := g.factor()) is not None:
+                factor = f.nan_to_num(0.0)
+            picked = []
+            for table, power in zip(states, powers, strict=True):
+                value = g.pick(table[g.source])
+                picked.append(value if factor is None else value * factor.to(value) ** power)
+            if not out:
+                out, done = picked, known
+                if known is not None and scales:
+                    out = [p.masked_fill(~known.to(p.device), 0.0) for p in out]
+                continue
+            if done is None:
+                break
+            use = ~done if known is None else known & ~done
+            out = [torch.where(use.to(o.device), p, o) for p, o in zip(picked, out, strict=True)]
+            done = None if known is None else done | known
+        return out, done
 
     def then(self, later: Lineage) -> Lineage:
         """First this lineage, then `later`."""

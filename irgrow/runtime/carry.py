@@ -51,16 +51,15 @@ def carried_state(
             fill = _start(key, old[key], options) if key in SECOND and only.shape != only.old_shape else 0.0
             out[key] = only.padded(old[key], fill)
         return out
-    known = lineage.defined(name, new)
-    if not bool(known.any()):
-        return {}
     tables = [{s: states[s][key] for s in sources if states[s].get(key) is not None} for key in moments]
     powers = [1 if key in FIRST else 2 for key in moments]
-    like = new.detach().to(next(iter(tables[0].values())).dtype) if moments else new
-    complete = bool(known.all())
-    for key, moment in zip(moments, lineage.carry(tables, name, like, powers), strict=True):
-        if key in SECOND and not complete:
-            moment = torch.where(known, moment, _start(key, moment[known], options))
+    carried, known = lineage.carry(tables, name, powers)
+    if known is not None and not bool(known.any()):
+        return {}
+    for key, moment in zip(moments, carried, strict=True):
+        if key in SECOND and known is not None:
+            mask = known.to(moment.device)
+            moment = torch.where(mask, moment, _start(key, moment[mask], options))
         out[key] = moment
     return out
 
