@@ -52,7 +52,7 @@ class Proposal:
     @property
     def omega(self) -> Tensor:
         """All fan-out weights `[fan-out features, units]`, kernel taps fastest."""
-        parts = [w.movedim(1, -1).reshape(-1, self.units) for w in self.fan_out.values()]
+        parts = [w.reshape(w.shape[0], self.units, -1).mT.reshape(-1, self.units) for w in self.fan_out.values()]
         return torch.cat(parts, 0)
 
     def scaled(self, fan_in: float | Tensor, fan_out: float | Tensor, delta: float = 1.0) -> Proposal:
@@ -89,4 +89,5 @@ class Proposal:
 def _per_unit(factor: float | Tensor, weight: Tensor, axis: int) -> float | Tensor:
     if not isinstance(factor, Tensor):
         return factor
-    return factor.to(weight).reshape([-1 if a == axis else 1 for a in range(weight.dim())])
+    factor = factor.to(weight).repeat_interleave(weight.shape[axis] // factor.numel())  # positions of a flattened unit
+    return factor.reshape([-1 if a == axis else 1 for a in range(weight.dim())])

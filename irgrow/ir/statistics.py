@@ -4,9 +4,19 @@ All are means over samples of per-sample products, sums over positions (images),
 
     S = E[b b^T]    M_prev = E[b g^T]    S_in = E[c c^T]    M = E[c g^T]    C = E[b c^T]    E = E[g g^T]
 
-b: features that enter the site (one column block per entering bundle, a constant 1 last if `bias`);
-g: per-sample gradient of the loss with respect to the targets' pre-activations, one block per leaving
-bundle (one column per kernel tap for convolutions); c: features that already feed those targets.
+b: features that enter the site, carried along it (through pooling, sums) to where it is left; one column
+block per entering bundle, a constant 1 last if `bias`. g: per-sample gradient of the loss with respect to
+the targets' pre-activations. c: features that already feed those targets (patches, for a convolution; a
+constant 1 last where the target has a bias).
+
+A flat site has one column of M_prev per target neuron. Where positions are shared (a convolution) or
+flattened (image -> dense) a new unit has several fan-out weights per target unit, its taps t, and then
+M_prev has a column (o, t), taps fastest, and C one block (t, c) per leaving bundle:
+
+    M_prev[:, (o, t)] = E sum_r b(q(r, t)) g_o(r)      C[:, (t, c)] = E sum_r b(q(r, t)) c(r)^T
+
+with q(r, t) the position that tap t of target position r reads (nothing where it reads padding): borders,
+strides and dilation are exact. S_in, M and E are block-diagonal over the targets.
 """
 
 from __future__ import annotations
@@ -27,15 +37,30 @@ class Block:
     """A range of columns that belongs to one bundle (or to a group's bias) and how they fold into its weights.
 
     `shape` is the shape of the weight slice of one unit: fan-in `(in, kh, kw)`, fan-out `(out, kh, kw)`,
-    flat `(neurons,)`. `name` is the tensor's name (`weight.x`, or `bias.y` for the constant 1).
+    flat `(neurons,)`, fan-out of an image into a flat group `(neurons, positions)`. `name` is the tensor's
+    name (`weight.x`, or `bias.y` for the constant 1), `group` the target group (fan-out, feeding). `tap`:
+    only this kernel tap has columns, the others stay zero (the restricted form).
     """
 
     name: str
     shape: Shape
+    group: str = ""
+    tap: int | None = None
 
     @property
     def width(self) -> int:
-        return int(torch.Size(self.shape).numel())
+        """How many columns."""
+        return int(torch.Size(self.shape).numel()) if self.tap is None else self.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """How many target units (the columns of g)."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def taps(self) -> int:
+        """How many columns each target unit has."""
+        return self.width // self.outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +79,12 @@ class Statistics:
     M: Tensor | None = None
     C: Tensor | None = None
     E: Tensor | None = None
-    activation: str = "identity"
+    activation: str = "identity"  # what a new unit's value goes through on its way along the site
+    at_zero: float = 0.0  # its value where the unit's pre-activation is 0
+    slope: float = 1.0  # and its derivative there (the right-hand one)
+    smooth: bool = True  # False: no first-order prediction of gains (ReLU-like, or pooling by max on the way)
     units: int = 0  # of the site, when measured
+    multiple: int = 1  # new units come in multiples of this (channel groups)
     fan_out_norm: float = 1.0  # mean norm of the site's existing outgoing weight vectors
     notes: tuple[str, ...] = ()
 
@@ -81,19 +110,43 @@ class Statistics:
                     do="check the data and the loss for NaN",
                 )  # fmt: skip
 
+    @property
+    def targets(self) -> dict[str, tuple[slice, slice]]:
+        """Per target group its columns of g (rows of `best_move`) and of c, in the order of M."""
+        found: dict[str, tuple[slice, slice]] = {}
+        row = column = 0
+        for block in self.fan_out:
+            if block.group in found:
+                continue
+            width = sum(c.width for c in self.feeding if c.group == block.group)
+            found[block.group] = (slice(row, row + block.outputs), slice(column, column + width))
+            row, column = row + block.outputs, column + width
+        return found
+
     @cached_property
     def best_move(self) -> Tensor:
-        """dW* = -M^T S_in^+ `[fan-out features, c]`: the best change of the weights that already feed the targets."""
+        """dW* = -M^T S_in^+ `[g, c]`: the best change of the weights that already feed the targets."""
         self.need("S_in", "M")
         assert self.S_in is not None and self.M is not None
-        return -pseudo_solve(self.S_in, self.M).solution.mT
+        move = torch.zeros_like(self.M.mT)
+        for g, c in self.targets.values():
+            move[g, c] = -pseudo_solve(self.S_in[c, c], self.M[c, g]).solution.mT
+        return move
 
     @cached_property
     def N(self) -> Tensor:
-        """E[b v_perp^T] = -M_prev + C S_in^+ M `[b, g]`: what is left of the desired move after dW*."""
+        """E[b v_perp^T] = -M_prev + C S_in^+ M `[b, g taps]`: what is left of the desired move after dW*."""
         self.need("M_prev", "C", "S_in", "M")
         assert self.M_prev is not None and self.C is not None
-        return -self.M_prev - self.C @ self.best_move.mT
+        left, features = [], self.C.shape[0]
+        column = 0
+        for block in self.fan_out:
+            g, c = self.targets[block.group]
+            width = c.stop - c.start
+            held = self.C[:, column : column + block.taps * width].reshape(features, block.taps, width)
+            column += block.taps * width
+            left.append(torch.einsum("btc,gc->bgt", held, self.best_move[g, c]).reshape(features, block.width))
+        return -self.M_prev - torch.cat(left, 1)
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both sets of samples together, exactly."""
