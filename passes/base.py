@@ -40,6 +40,7 @@ class Pass(ABC):
     """
 
     source: ClassVar[str] = ""  # paper and equation
+    reads_weights: ClassVar[bool] = False  # True: what it writes depends on weights, beyond copying them
 
     @classmethod
     @abstractmethod

@@ -49,8 +49,7 @@ def levels(network: Network) -> dict[str, NDArray[np.int32]]:
         if cyclic:
             _inside(network, names, found)
         else:
-            norm = network.groups[names[0]].norm
-            if norm is not None and norm.across_units:
+            if network.groups[names[0]].norm is not None:
                 found[names[0]][:] = found[names[0]].max(initial=0)
     return {name: found[name] for name in network.groups}
 

@@ -308,7 +308,8 @@ class Network:
     def levels(self) -> Mapping[str, NDArray[np.int32]]:
         """Per group the depth of every neuron: the longest path from a neuron without parents.
 
-        Raises CyclicNetwork. Where a normalisation spans a group, its neurons share the deepest level.
+        Raises CyclicNetwork. The neurons of a normalised group share its deepest level: their statistics
+        are taken together (those of a batch norm in train mode).
         """
         from irgrow.ir.levels import levels
 
