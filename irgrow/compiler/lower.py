@@ -63,7 +63,7 @@ class BlockStep:
             kinds.append("maximum")
         else:
             for n, part in enumerate(block.parts):
-                simple = isinstance(part.bundle.pattern, Dense) and part.rows is None
+                simple = isinstance(part.bundle.pattern, Dense) and part.rows is None and not part.walked
                 if n == 0 and simple and group.bias is not None and len(group.shape) == 1:
                     self._linear = (places.fetch(part.bundle.source), part.bundle.tensor)  # bias in one call
                     kinds.append("dense")
@@ -84,7 +84,8 @@ class BlockStep:
         rows = "" if block.local is None else f"[{block.local.size} of {group.neurons}]"
         inputs = ", ".join(f"{kind} {part.bundle.source}" for kind, part in zip(kinds, block.parts, strict=False))
         if group.aggregation == "max" and block.parts:
-            inputs = f"max of {', '.join(part.bundle.source for part in block.parts)}"
+            sources = [b.source for part in block.parts for b in part.walked or (part.bundle,)]
+            inputs = f"max of {', '.join(sources)}"
         tail = [] if group.norm is None else [f"{group.norm.kind} norm"]
         tail += [group.activation] if self._function else []
         self.text = f"{group.name}{rows} <- {inputs or 'nothing'}{''.join(f' -> {word}' for word in tail)}"
@@ -185,16 +186,10 @@ class WalkStep:
         )
 
     def run(self, run: Run) -> None:
-        parts = [fetch.flat(run).t() for fetch in self._inputs]
-        like = run.slots[0]
-        assert like is not None
-        if len(parts) == 1:
-            x = parts[0].contiguous()
-        else:
-            x = torch.cat(parts) if parts else like.new_zeros(0, run.batch)
-        w = _joined([run.tensors[name].reshape(-1) for name in self._weights], like)
-        b = _joined([run.tensors[name] for name in self._biases], like) if self._biases else None
-        run.slots[self._slot] = self._walk(self.plan, x, w, b, self._offset(run, like))
+        x = _side_by_side(self._inputs, run)
+        w = _joined([run.tensors[name].reshape(-1) for name in self._weights], x)
+        b = _joined([run.tensors[name] for name in self._biases], x) if self._biases else None
+        run.slots[self._slot] = self._walk(self.plan, x, w, b, self._offset(run, x))
 
     def _offset(self, run: Run, like: Tensor) -> Tensor | None:
         offset: Tensor | None = None
@@ -302,11 +297,21 @@ def _walked(network: Network, group: Group, part: Part, places: Places, walk):  
     names = [b.tensor for b in edges.bundles]
 
     def walked(run: Run) -> Tensor:
-        x = torch.cat([fetch.flat(run).t() for fetch in edges.fetches]).contiguous()
-        w = _joined([run.tensors[name].reshape(-1) for name in names], x)
-        return walk(plan, x, w, None, None).t()
+        x = _side_by_side(edges.fetches, run)
+        return walk(plan, x, _joined([run.tensors[name].reshape(-1) for name in names], x), None, None).t()
 
     return walked, "walk"
+
+
+def _side_by_side(fetches: Sequence[Fetch], run: Run) -> Tensor:
+    """The value rows a walk reads, [n, B] contiguous."""
+    if len(fetches) == 1:
+        return fetches[0].flat(run).t().contiguous()
+    if not fetches:
+        like = run.slots[0]
+        assert like is not None
+        return like.new_zeros(0, run.batch)
+    return torch.cat([fetch.flat(run).t() for fetch in fetches])
 
 
 def _joined(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
