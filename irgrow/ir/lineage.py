@@ -299,7 +299,7 @@ class Through(Gather):
         ties = torch.zeros(math.prod(self.old_shape), dtype=torch.float64)
         for _, before in self._matches():
             ties += torch.bincount(before, minlength=ties.numel())
-        factor = 1.0 / ties if self.share else torch.where(ties == 1, 1.0, torch.nan)
+        factor = 1.0 / ties if self.share else torch.where(ties == 1, ties, torch.nan)
         out = torch.full((math.prod(self.shape),), torch.nan, dtype=torch.float64)
         for new, before in self._matches():
             out[new] = factor[before]
