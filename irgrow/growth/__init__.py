@@ -1,0 +1,1 @@
+"""Growing while training: when, where and how; the training loop that does it."""

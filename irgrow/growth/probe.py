@@ -1,0 +1,307 @@
+"""`probe`: the statistics of every site, from one run over the data.
+
+Every batch is one forward and one backward of the model in eval mode: zero shifts are added to the
+pre-activations of all targets of all sites, and the gradient of the loss with respect to a shift is g. No
+loop over samples, no gradient with respect to a weight, and the parameters' `.grad` stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from irgrow.growth.conv_statistics import add_image_moments
+from irgrow.growth.data import Data, Loss
+from irgrow.growth.data import batches as cut
+from irgrow.growth.geometry import Geometry
+from irgrow.growth.moments import Sums
+from irgrow.ir.errors import BadData, UnknownName
+from irgrow.ir.network import Network
+from irgrow.ir.site import Site
+from irgrow.ir.statistics import MOMENTS, Statistics
+
+NEEDED_FOR_N = ("M_prev", "S_in", "M", "C")
+REDUCTIONS = ("mean", "sum")
+
+
+class Recordable(Protocol):
+    """What `probe` needs of a model: `CompiledNetwork` has it."""
+
+    @property
+    def structure(self) -> Network: ...
+
+    def record(
+        self, *inputs: Tensor, values: Collection[str] = (), shifts: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, dict[str, Tensor]]: ...
+
+
+def probe(
+    model: Recordable,
+    data: Data,
+    loss: Loss,
+    *,
+    sites: Iterable[str] | None = None,
+    reduction: str = "mean",
+    want: Iterable[str] = ("S", *NEEDED_FOR_N),
+    batches: int | None = None,
+    bias_row: bool | None = None,
+    taps: str = "full",
+    batch_size: int = 1024,
+) -> dict[str, Statistics]:
+    """The statistics of each site (default: all sites), from one run over `data` in eval mode.
+
+    `data`: `(inputs, targets)` or an iterable of such batches, inputs one tensor `[B, *shape]` or a tuple;
+    pairs are cut into batches of `batch_size`. `loss(outputs, targets)` is what the model is trained with
+    and `reduction` how it combines samples (`mean` or `sum`). `want`: the moments (a method's `needs`).
+    `batches`: stop after that many. `bias_row`: whether the constant 1 belongs to b (default: where the
+    grown group has a bias). `taps`: `centre` restricts fan-outs of convolutions to their centre tap.
+
+    Moments are means over samples of per-sample products, accumulated in float64: they do not depend on
+    the batch size, and statistics of two halves add. The model keeps its mode, its values and its `.grad`.
+    Raises BadData (naming the group) for NaN or infinity and for empty data; Refused for a site whose new
+    units are not linear in their fan-in; UnknownName.
+    """
+    network = model.structure
+    names = [site.name for site in Site.all(network)] if sites is None else list(sites)
+    gathering = Gathering(network, names, want=want, reduction=reduction, bias_row=bias_row, taps=taps)
+    with evaluating(model):
+        for inputs, targets in islice(cut(data, batch_size, "probe"), batches):
+            gathering.run(model, inputs, targets, loss)
+    return gathering.statistics()
+
+
+@dataclass
+class Gathering:
+    """Sums over samples for several sites at once; `run` adds a batch, `statistics` reads them.
+
+    Also for ordinary training steps: `shifts = g.shifts(batch)`, `outputs, values = model.record(*inputs,
+    values=g.values, shifts=shifts)`, `loss.backward()`, `g.add(values, shifts)`.
+    """
+
+    network: Network
+    names: Sequence[str]
+    want: Iterable[str] = ("S", *NEEDED_FOR_N)
+    reduction: str = "mean"
+    bias_row: bool | None = None
+    taps: str = "full"
+    n: int = 0
+    sums: dict[str, Sums] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.want = tuple(self.want)
+        if not self.names:
+            raise UnknownName("probe: sites", "no site", "at least one site that can grow")
+        for name in self.want:
+            if name not in MOMENTS:
+                raise UnknownName(f"probe: moment {name!r}", expected=f"one of {', '.join(MOMENTS)}")
+        if self.reduction not in REDUCTIONS:
+            raise UnknownName(
+                f"probe: reduction {self.reduction!r}",
+                expected=f"one of {', '.join(REDUCTIONS)}",
+                do="give a loss that returns one number for the batch",
+            )
+        if self.taps not in ("full", "centre"):
+            raise UnknownName(f"probe: taps {self.taps!r}", expected="full or centre")
+        for name in self.names:
+            geometry = Geometry(self.network, Site.of(self.network, name), self.taps)
+            bias = bool(geometry.biased) if self.bias_row is None else self.bias_row
+            self.sums[name] = Sums(geometry, bias, frozenset(self.want))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The groups whose gradient is needed."""
+        if not {"M_prev", "M", "E"} & set(self.want):
+            return ()
+        return tuple(dict.fromkeys(t.name for s in self.sums.values() for t in s.geometry.targets))
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The groups whose activations are needed, inputs included."""
+        names: dict[str, None] = {}
+        for s in self.sums.values():
+            if {"S", "M_prev", "C"} & set(self.want):
+                names.update(dict.fromkeys(e.source for e in s.geometry.entries))
+            if {"S_in", "M", "C"} & set(self.want):
+                names.update(dict.fromkeys(f.source for t in s.geometry.targets for f in t.feeding))
+        return tuple(names)
+
+    def shifts(self, count: int, like: Tensor) -> dict[str, Tensor]:
+        """Zero shifts `[count, *shape]` for every target, to be given to `record`."""
+        shapes = {name: self.network.groups[name].shape for name in self.targets}
+        return {n: like.new_zeros(count, *shape).requires_grad_() for n, shape in shapes.items()}
+
+    def run(self, model: Recordable, inputs: tuple[Tensor, ...], targets: Tensor, loss: Loss) -> None:
+        """Adds a batch: one forward, one backward."""
+        count = inputs[0].shape[0]
+        if count == 0:
+            return
+        device = next(iter(self.network.tensors().values())).device
+        inputs, targets = tuple(x.to(device) for x in inputs), targets.to(device)
+        with torch.enable_grad():
+            shifts = self.shifts(count, inputs[0])
+            outputs, values = model.record(*inputs, values=self.values, shifts=shifts)
+            gradients: dict[str, Tensor] = {}
+            if shifts:
+                value = loss(outputs, targets)
+                if not isinstance(value, Tensor) or value.dim():
+                    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise BadData("probe: loss", f"shape {shape}", f"one number, the {self.reduction} over samples")
+                if not bool(torch.isfinite(value)):
+                    raise BadData(*_culprit(self.network, inputs, values), do="check the data and the weights")
+                found = torch.autograd.grad(value, list(shifts.values()), allow_unused=True)
+                gradients = {
+                    name: torch.zeros_like(shift) if g is None else g
+                    for (name, shift), g in zip(shifts.items(), found, strict=True)
+                }
+        self.add(values, gradients, count)
+
+    @torch.no_grad()
+    def add(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], count: int) -> None:
+        """Adds a batch's activations and its autograd gradients with respect to the targets' pre-activations."""
+        scale = float(count) if self.reduction == "mean" else 1.0
+        for name, value in values.items():
+            if not _finite(value):
+                raise BadData(f"group {name!r}: activations", "NaN or infinity", "finite values", do="check the data")
+        for name, value in gradients.items():
+            if not _finite(value):
+                raise BadData(f"group {name!r}: gradient", "NaN or infinity", "finite values", do="check the loss")
+        per_sample = {name: g * scale for name, g in gradients.items()}
+        held = {name: value.detach() for name, value in values.items()}
+        for sums in self.sums.values():
+            if sums.geometry.flat:
+                add_flat_moments(sums, held, per_sample, count)
+            else:
+                add_image_moments(sums, held, per_sample, count)
+        self.n += count
+
+    def statistics(self) -> dict[str, Statistics]:
+        """The means so far; BadData if no sample was added."""
+        if self.n == 0:
+            raise BadData("probe: data", "no samples", "at least one")
+        return {name: self._statistics(name, sums) for name, sums in self.sums.items()}
+
+    def _statistics(self, name: str, sums: Sums) -> Statistics:
+        geometry = sums.geometry
+        moments = {k: sums.total(k) / self.n for k in sums.want}
+        return Statistics(
+            name,
+            self.network.structure,
+            self.n,
+            sums.fan_in,
+            tuple(e.block for e in geometry.exits),
+            geometry.feeding,
+            **moments,
+            activation=geometry.activation,
+            at_zero=geometry.at_zero,
+            slope=geometry.slope,
+            smooth=geometry.smooth,
+            units=self.network.groups[name].units,
+            multiple=geometry.multiple,
+            fan_out_norm=fan_out_norm(geometry),
+            notes=geometry.notes,
+        )
+
+
+def add_flat_moments(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor], count: int) -> None:
+    """Adds one batch of a flat site: features `[B, F]`, gradients `[B, O]`."""
+    geometry, want = sums.geometry, sums.want
+    features: dict[str, Tensor] = {}
+    if {"S", "M_prev", "C"} & want:
+        for way in geometry.exits:
+            if way.group not in features:
+                features[way.group] = _flat_features(sums, values, way.group, count)
+    if "S" in want:
+        for exit, _ in geometry.places:
+            sums.gram("S", features[exit], 1.0 / len(geometry.places))
+    fed = {}
+    if {"S_in", "M", "C"} & want:
+        for target in geometry.targets:
+            parts = [values[f.source].reshape(count, -1) for f in target.feeding]
+            fed[target.name] = _joined(parts, target.bias, values, g, count)
+    sums.add_targets(fed, {name: value.reshape(count, -1) for name, value in g.items()})
+    for at, way in enumerate(geometry.exits):
+        if "M_prev" in want:
+            columns = sums.columns("M_prev", at)
+            sums.cross("M_prev", features[way.group], g[way.target].reshape(count, -1), columns=columns)
+        if "C" in want:
+            sums.cross("C", features[way.group], fed[way.target], columns=sums.columns("C", at))
+
+
+def _flat_features(sums: Sums, values: Mapping[str, Tensor], exit: str, count: int) -> Tensor:
+    """b at one exit `[B, F]`, the constant 1 last."""
+    geometry = sums.geometry
+    parts = []
+    for entry in geometry.entries:
+        x = values[entry.source].reshape(count, -1)
+        carried = geometry.carry(entry.group, x).get(exit)
+        parts.append(torch.zeros_like(x) if carried is None else carried)
+    if sums.bias:
+        one = parts[0].new_ones(count, 1)
+        groups = geometry.biased or (geometry.entries[0].group,)
+        reached = [geometry.carry(group, one).get(exit) for group in groups]
+        parts.append(sum((r for r in reached if r is not None), one.new_zeros(count, 1)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _joined(
+    parts: list[Tensor], bias: bool, values: Mapping[str, Tensor], g: Mapping[str, Tensor], count: int
+) -> Tensor:
+    like = parts[0] if parts else next(iter([*values.values(), *g.values()]))
+    if bias:
+        parts = [*parts, like.new_ones(count, 1)]
+    return torch.cat(parts, 1) if parts else like.new_zeros(count, 0)
+
+
+def fan_out_norm(geometry: Geometry) -> float:
+    """The mean over the site's units of the norm of all their outgoing weights (1 if nothing leaves them yet)."""
+    total: Tensor | None = None
+    network = geometry.network
+    first = geometry.exits[0].group
+    for way in geometry.exits:
+        bundle = network.bundles[way.block.name.removeprefix("weight.")]
+        if way.group != first and network.groups[way.group].units != network.groups[first].units:
+            continue
+        weight = bundle.weight.detach().double()
+        if weight.dim() == 1:  # sparse edges
+            units = torch.from_numpy(bundle.pattern.source.astype("int64")) // network.groups[way.group].positions  # type: ignore[attr-defined]
+            square = weight.new_zeros(network.groups[way.group].units)
+            square.index_add_(0, units.to(weight.device), weight[torch.from_numpy(bundle.pattern.index.astype("int64"))] ** 2)  # type: ignore[attr-defined]
+        else:
+            square = weight.reshape(weight.shape[0], network.groups[way.group].units, -1).square().sum((0, 2))
+        total = square if total is None else total + square
+    assert total is not None
+    norm = float(total.sqrt().mean())
+    return norm if norm > 0 else 1.0
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """The model in eval mode; every module's mode is restored afterwards, also after an error."""
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value.detach().sum())) or bool(torch.isfinite(value.detach()).all())
+
+
+def _culprit(network: Network, inputs: tuple[Tensor, ...], values: Mapping[str, Tensor]) -> tuple[str, str, str]:
+    """The first group with a value that is not finite, as an error's words."""
+    given = dict(zip(network.inputs, inputs, strict=False)) | dict(values)
+    for name in network.groups:
+        if name in given and not _finite(given[name]):
+            return f"group {name!r}: activations", "NaN or infinity", "finite values"
+    return "probe: loss", "NaN or infinity", "a finite value"
+
