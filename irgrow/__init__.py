@@ -23,10 +23,11 @@ _HOME = {
     "irgrow.ir.statistics": ("Statistics",),
     "irgrow.ir.proposal": ("Proposal",),
     "irgrow.ir.errors": ("IrgrowError",),
-    "irgrow.passes": ("Pass", "SplitUnit", "AddUnits", "InsertNeuron", "AddLayer", "register"),
+    "irgrow.passes": ("Pass", "SplitUnit", "AddUnits", "InsertNeuron", "AddLayer", "EmbedConv", "register"),
     "irgrow.runtime.model": ("CompiledNetwork", "compile"),
+    "irgrow.io": ("save", "load", "read_extra", "save_checkpoint", "load_checkpoint", "Checkpoint"),
 }
-_MODULES = ("passes", "kernels", "ir", "growth", "testing", "analysis", "viz", "experiments")
+_MODULES = ("passes", "kernels", "ir", "growth", "testing", "analysis", "io", "viz", "experiments")
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [*_WHERE, *_MODULES]
