@@ -9,6 +9,7 @@ if __name__ != "irgrow.passes":
 from irgrow.passes.add_layer import AddLayer
 from irgrow.passes.add_units import AddUnits
 from irgrow.passes.base import Pass, Sequence, register, registered
+from irgrow.passes.embed import EmbedConv
 from irgrow.passes.insert_neuron import InsertNeuron
 from irgrow.passes.split import SplitUnit
 
@@ -18,4 +19,4 @@ def list() -> dict[str, type[Pass]]:
     return registered()
 
 
-__all__ = ["AddLayer", "AddUnits", "InsertNeuron", "Pass", "Sequence", "SplitUnit", "list", "register"]
+__all__ = ["AddLayer", "AddUnits", "EmbedConv", "InsertNeuron", "Pass", "Sequence", "SplitUnit", "list", "register"]
