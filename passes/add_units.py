@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from irgrow.ir.edit import Edit
@@ -99,12 +100,12 @@ class AddUnits(Pass):
         site = Site.of(edit.before, p.site)
         maps = edit.rewire({site.name: with_new_units(edit.before, site.name, p.units)})
         for name, tensor in p.fan_in.items():
-            _place(edit, edit.bundles[name], tensor, maps[edit.bundles[name].target], 0)
+            _place(edit, edit.bundles[name], tensor, maps, 0)
         for name, tensor in p.fan_out.items():
-            _place(edit, edit.bundles[name], tensor, maps[edit.bundles[name].source], 1)
+            _place(edit, edit.bundles[name], tensor, maps, 1)
         for bundle in list(edit.bundles.values()):
             if bundle.name not in site.entering and bundle.source in maps and isinstance(bundle.pattern, Conv2d):
-                if bundle.name not in site.leaving and not isinstance(bundle.pattern, Local2d):
+                if bundle.name not in site.leaving:
                     _centre(edit, bundle, maps[bundle.target])
         if p.bias is not None:
             for name in _biased(edit.before, site):
@@ -125,29 +126,44 @@ def _biased(network: Network, site: Site) -> list[str]:
     return [name for name in targets if network.groups[name].bias is not None]
 
 
-def _place(edit: Edit, bundle: Bundle, values: Tensor, units: UnitMap, axis: int) -> None:
-    """Writes the new rows (axis 0) or columns (axis 1) of a bundle's weights."""
-    source, target = edit.shapes(bundle.name)
-    new = units.fresh
-    if isinstance(bundle.pattern, (Dense, Sparse)):
-        new = units.neurons(size((target if axis == 0 else source)[1:])).fresh
+def _place(edit: Edit, bundle: Bundle, values: Tensor, maps: dict[str, UnitMap], axis: int) -> None:
+    """Writes the new rows (axis 0) or columns (axis 1) of a bundle's weights.
+
+    Where both ends grow, new rows meet old columns and old rows new columns; new units do not feed new units.
+    """
+    rows = _ends(edit, bundle, bundle.target, maps, fresh=axis == 0)
+    columns = _ends(edit, bundle, bundle.source, maps, fresh=axis == 1)
     if isinstance(bundle.pattern, Sparse):
-        rows, columns = (new, np.arange(size(source))) if axis == 0 else (np.arange(size(target)), new)
         t, s = np.meshgrid(rows, columns, indexing="ij")
         edit.add_edges(bundle.name, s.ravel(), t.ravel(), values)
         return
-    if axis == 1 and isinstance(bundle.pattern, Conv2d):
-        new = new[: values.shape[1]]  # a grouped convolution counts its inputs within each channel group
-    weight = bundle.weight
-    at = torch.from_numpy(new).to(weight.device)
-    edit.write(bundle.tensor, weight.index_copy(axis, at, values.detach().to(weight)))
+    columns = columns[: values.shape[1]]  # a grouped convolution counts its inputs within each channel group
+    weight = bundle.weight.detach().clone()
+    at = torch.from_numpy(rows)[:, None], torch.from_numpy(columns)
+    weight[at] = values.detach().to(weight)
+    edit.write(bundle.tensor, weight)
+
+
+def _ends(edit: Edit, bundle: Bundle, group: str, maps: dict[str, UnitMap], *, fresh: bool) -> NDArray[np.int64]:
+    """The fresh or else the old rows or columns that belong to one end of a bundle, as its weight counts them."""
+    shape = edit.groups[group].shape
+    flat = isinstance(bundle.pattern, (Dense, Sparse))
+    if group not in maps:
+        return np.arange(size(shape) if flat else shape[0])
+    units = maps[group].neurons(size(shape[1:])) if flat else maps[group]
+    return units.fresh if fresh else np.flatnonzero(units.index >= 0)
 
 
 def _centre(edit: Edit, bundle: Bundle, units: UnitMap) -> None:
     """New channels of a depthwise convolution pass on their input: 1 at the centre tap."""
     kernel: Any = bundle.pattern
-    weight = bundle.weight.clone()
-    weight[torch.from_numpy(units.fresh), 0, kernel.kernel[0] // 2, kernel.kernel[1] // 2] = 1.0
+    weight = bundle.weight.detach().clone()
+    middle = 0, kernel.kernel[0] // 2, kernel.kernel[1] // 2
+    value: Any = 1.0
+    if isinstance(kernel, Local2d):
+        used = kernel.used(edit.shapes(bundle.name)[0])[middle[1:]]
+        value = torch.from_numpy(used).to(weight)
+    weight[torch.from_numpy(units.fresh), *middle] = value
     edit.write(bundle.tensor, weight)
 
 

@@ -131,7 +131,7 @@ class Builder:
         if weight is None and wanted == ():
             weight, trainable = 1.0, bool(trainable)
         if isinstance(weight, (int, float)):
-            weight = torch.full(wanted, float(weight))
+            weight = torch.full(wanted, float(weight), dtype=self._dtype)
         value = self._drawn(pattern, shapes, target) if weight is None else weight.detach().clone().to(self._dtype)
         if tuple(value.shape) != wanted:
             raise BadShape(f"bundle {source!r} -> {target!r}: weight", tuple(value.shape), wanted)
@@ -152,10 +152,7 @@ class Builder:
         bound = 1 / math.sqrt(max(1, fan_in))
         weight = self._uniform(shape, bound)
         if isinstance(pattern, Local2d):
-            used = torch.zeros(math.prod(shape))
-            for _, _, w in pattern.edges(*shapes):
-                used[torch.from_numpy(w)] = 1
-            weight = weight * used.reshape(shape)
+            weight = weight * torch.from_numpy(pattern.used(shapes[0]))
         group = self._groups[target]
         if target in self._biased and group.bias is not None:
             self._biased.discard(target)

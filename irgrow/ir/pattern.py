@@ -331,6 +331,13 @@ class Local2d(Conv2d):
     def parameters(self, source: Shape, target: Shape) -> int:
         return self.count(source, target)
 
+    def used(self, source: Shape) -> NDArray[np.bool_]:
+        """Which entries `(kh, kw, Ho, Wo)` of every kernel have an edge: those that do not reach into the padding."""
+        _, out, tap = self.taps(source)
+        mask = np.zeros((size(self.kernel), size(self.output(source))), bool)
+        mask[tap, out] = True
+        return mask.reshape(*self.kernel, *self.output(source))
+
     def _weight(self, target_unit: int, inputs: int, tap: NDArray, out: NDArray, positions: int) -> NDArray:
         return super()._weight(target_unit, inputs, tap, out, positions) * positions + out[:, None]
 

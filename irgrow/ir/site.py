@@ -8,13 +8,16 @@ import numpy as np
 
 from irgrow.ir.errors import Refused, UnknownName
 from irgrow.ir.network import Bundle, Network
-from irgrow.ir.pattern import Dense, Shape, Sparse
+from irgrow.ir.pattern import Dense, Identity, Shape, Sparse
 from irgrow.ir.units import UnitMap, close
 
 
 @dataclass(frozen=True)
 class Site:
-    """Named by one of its groups. `entering` and `leaving` are the bundles whose rows or columns are added."""
+    """Named by one of its groups. `entering` and `leaving` are the bundles whose rows or columns are added.
+
+    A bundle between two groups of the site may be both (a residual block of one layer).
+    """
 
     name: str
     groups: tuple[str, ...]
@@ -38,11 +41,12 @@ class Site:
             )
         entering, leaving = [], []
         for bundle in network.bundles.values():
-            if not _ties(bundle, tied):
-                if bundle.target in tied:
-                    entering.append(bundle.name)
-                if bundle.source in tied:
-                    leaving.append(bundle.name)
+            if isinstance(bundle.pattern, Identity) or _ties(bundle, tied):
+                continue  # an Identity from outside feeds other units of a concatenation
+            if bundle.target in tied:
+                entering.append(bundle.name)
+            if bundle.source in tied:
+                leaving.append(bundle.name)
         if not entering or not leaving:
             missing = "enters" if not entering else "leaves"
             raise Refused(f"site {name!r}", f"nothing {missing} it", "bundles on both sides")
