@@ -433,6 +433,9 @@ class Network:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Network, (dict(self.groups), dict(self.bundles), self.inputs, self.outputs, self.next_serial)
+
     def __str__(self) -> str:
         from irgrow.ir.text import network_text
 

@@ -171,5 +171,13 @@ class CompiledNetwork(nn.Module):
             self._adopt(self._structure, None)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: the program is made again."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_tensors", "_program")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._adopt(self._structure, None)
+
     def extra_repr(self) -> str:
         return str(self._structure)
