@@ -18,7 +18,7 @@ from irgrow.ir.network import Bundle, Network
 from irgrow.ir.pattern import Conv2d, Dense, Local2d, Sparse, size
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.site import Site, slice_shape
-from irgrow.ir.units import UnitMap, with_new_units
+from irgrow.ir.units import UnitMap, fits, with_new_units
 from irgrow.passes.base import Pass, register
 from irgrow.passes.exactness import refuse_loops, refuse_max_targets
 
@@ -117,7 +117,7 @@ class AddUnits(Pass):
 
 
 def _maps(network: Network, site: Site, units: int) -> dict[str, UnitMap]:
-    return Edit(network).rewire({site.name: with_new_units(network, site.name, units)})
+    return fits(network, {site.name: with_new_units(network, site.name, units)})
 
 
 def _biased(network: Network, site: Site) -> list[str]:

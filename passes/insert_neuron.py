@@ -202,6 +202,8 @@ class InsertNeuron(Pass):
         """Edges with their tags, into the bundle between the two groups that holds such edges, or a new one."""
         for bundle in edit.bundles.values():
             if (bundle.source, bundle.target) == (source, target) and isinstance(bundle.pattern, Sparse):
+                if np.isin(t, bundle.pattern.target[bundle.pattern.source == s[0]]).any():
+                    continue  # parallel edges of two bundles stay in two bundles
                 if TAG not in bundle.pattern.tags:
                     edit.tag_edges(bundle.name, TAG, np.ones(bundle.pattern.source.size))
                 edit.add_edges(bundle.name, s, t, weight, tags={TAG: primary}, gathers=gathers)

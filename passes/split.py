@@ -12,7 +12,7 @@ from irgrow.ir.edit import Edit
 from irgrow.ir.errors import Refused
 from irgrow.ir.network import Network, Unit
 from irgrow.ir.site import Site
-from irgrow.ir.units import UnitMap
+from irgrow.ir.units import UnitMap, fits
 from irgrow.passes.base import Pass, register
 from irgrow.passes.exactness import refuse_max_targets, refuse_norm_across_units
 
@@ -56,7 +56,7 @@ class SplitUnit(Pass):
         site = Site.of(network, self.unit.group)
         refuse_norm_across_units(f"SplitUnit: unit {self.unit}", network, site)
         refuse_max_targets(f"SplitUnit: unit {self.unit}", network, site)
-        Edit(network).rewire({self.unit.group: self._map(network)})  # raises Refused where ties contradict
+        fits(network, {self.unit.group: self._map(network)})
 
     def rewrite(self, edit: Edit) -> None:
         edit.rewire({self.unit.group: self._map(edit.before)})

@@ -19,7 +19,7 @@ from irgrow.ir.errors import BadName, BadShape, Refused
 from irgrow.ir.lineage import Axes, Flat, Gather, Lineage
 from irgrow.ir.network import Bundle, Group, Network
 from irgrow.ir.pattern import Conv2d, Dense, Identity, Pattern, Shape, Sparse, size
-from irgrow.ir.units import UnitMap, close, new_start
+from irgrow.ir.units import UnitMap, close, grouped_channels, new_start
 
 
 class Edit:
@@ -335,37 +335,17 @@ def _rewired(
 def _rewired_grouped(
     pattern: Conv2d, name: str, source: Shape, target: Shape, smap: UnitMap | None, tmap: UnitMap | None
 ) -> tuple[Pattern, Gather]:
-    depthwise = pattern.depthwise(source)
-    smap = smap or UnitMap(np.arange(source[0]))
-    tmap = tmap or UnitMap(np.arange(target[0]))
-    groups = smap.units if depthwise else pattern.channel_groups
-    inputs, outputs = source[0] // pattern.channel_groups, target[0] // pattern.channel_groups
-    if smap.units % groups or tmap.units % groups:
-        raise Refused(
-            f"bundle {name.split('.')[1]!r}",
-            f"{smap.units} input and {tmap.units} output channels",
-            f"multiples of its {groups} channel groups",
-        )
-    into, outof = smap.units // groups, tmap.units // groups
-    o_new = np.arange(tmap.units)
-    c_new = (o_new // outof * into)[:, None] + np.arange(into)
-    o, c = tmap.index[o_new][:, None], smap.index[c_new]
-    known = (o >= 0) & (c >= 0)
-    if np.any(known & (o // outputs != c // inputs)):
-        raise Refused(
-            f"bundle {name.split('.')[1]!r}",
-            "units that would change their channel group",
-            "every group to grow equally",
-        )
-    flat = np.where(known, o * inputs + c - o // outputs * inputs, -1)
+    groups, kernels, reads = grouped_channels(pattern, name.split(".")[1], source, target, smap, tmap)
     after = replace(pattern, channel_groups=groups)
-    shape = after.weight_shape((smap.units, *source[1:]), (tmap.units, *target[1:]))
+    outputs, inputs = kernels.shape
+    shape = after.weight_shape((inputs * groups, *source[1:]), (outputs, *target[1:]))
     inner = size(shape[2:])
-    index = np.where(flat[..., None] < 0, -1, flat[..., None] * inner + np.arange(inner)).ravel()
-    value = None
-    if smap.share is not None and not depthwise:
-        value = np.repeat(smap.share[c_new].ravel(), inner)
-    gradient = None if tmap.share is None else np.repeat(tmap.share, into * inner)
+    index = np.where(kernels[..., None] < 0, -1, kernels[..., None] * inner + np.arange(inner)).ravel()
+    value = gradient = None
+    if smap is not None and smap.share is not None and not pattern.depthwise(source):
+        value = np.repeat(smap.share[reads].ravel(), inner)
+    if tmap is not None and tmap.share is not None:
+        gradient = np.repeat(tmap.share, inputs * inner)
     old = pattern.weight_shape(source, target)
     return after, Flat(name, old, shape, torch.from_numpy(index), _tensor(value), _tensor(gradient))
 
@@ -373,7 +353,10 @@ def _rewired_grouped(
 def _rewired_sparse(
     pattern: Sparse, name: str, source: Shape, target: Shape, smap: UnitMap | None, tmap: UnitMap | None
 ) -> tuple[Pattern, Gather]:
-    """Every edge is copied to every copy of its ends; ties stay within copies of equal share."""
+    """Every edge is copied to every copy of its ends; ties stay within copies of equal share.
+
+    The gradient factor of a tied weight is defined only where all of its edges stay together.
+    """
     if all(m is None or _only_appends(m, shape[0]) for m, shape in ((smap, source), (tmap, target))):
         shape = (pattern.weights,)
         return pattern, Axes(name, shape, shape, (None,), (None,), (None,))
@@ -389,9 +372,8 @@ def _rewired_sparse(
         key = np.stack([weight, _copy_number(smap.index)[s], _copy_number(tmap.index)[t], value])
         _, first, index = np.unique(key, axis=1, return_index=True, return_inverse=True)
         index = index.ravel()
-        if np.any(value != 1) or np.any(gradient != 1):
-            gradient = np.full(edge.size, np.nan)  # a tied weight's gradient mixes edges of different shares
-        weight, value, gradient = weight[first], value[first], gradient[first]
+        gradient = _tied_gradient(pattern, gradient, weight[first], index)
+        weight, value = weight[first], value[first]
     after = Sparse(s, t, index, weight.size, {n: tag[edge] for n, tag in pattern.tags.items()})
     index_of = torch.from_numpy(weight.astype(np.int64))
     return after, Flat(
@@ -402,6 +384,16 @@ def _rewired_sparse(
         None if np.all(value == 1) else torch.from_numpy(value),
         None if np.all(gradient == 1) else torch.from_numpy(gradient),
     )
+
+
+def _tied_gradient(pattern: Sparse, gradient: NDArray, weight: NDArray, index: NDArray) -> NDArray:
+    """Per new weight: the factor of its edges, if it has all edges of its old one and they agree; else NaN."""
+    most = np.full(weight.size, -np.inf)
+    least = np.full(weight.size, np.inf)
+    np.maximum.at(most, index, gradient)
+    np.minimum.at(least, index, gradient)
+    complete = np.bincount(index, minlength=weight.size) == np.bincount(pattern.index)[weight]
+    return np.where(complete & (most == least), most, np.nan)
 
 
 def _copies(ends: NDArray, index: NDArray, old: int) -> tuple[NDArray, NDArray]:

@@ -27,6 +27,13 @@ class Site:
     @staticmethod
     def of(network: Network, name: str) -> Site:
         """The site that holds group `name`; Refused if it holds an input or output, or nothing enters or leaves it."""
+        known: dict[str, Site] = network.__dict__.setdefault("_sites", {})  # a network is immutable
+        if name not in known:
+            known[name] = Site._found(network, name)
+        return known[name]
+
+    @staticmethod
+    def _found(network: Network, name: str) -> Site:
         if name not in network.groups:
             hidden = [g for g in network.groups if network.is_hidden(g)]
             raise UnknownName(f"site {name!r}", expected=f"one of {', '.join(hidden)}")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from irgrow.ir.errors import Refused
 from irgrow.ir.network import Bundle, Network
-from irgrow.ir.pattern import Conv2d, Identity, Pool2d
+from irgrow.ir.pattern import Conv2d, Identity, Pool2d, Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +131,45 @@ def close(network: Network, seed: Mapping[str, UnitMap], checked: bool = True) -
                     "one change that fits both",
                 )
     return maps
+
+
+def fits(network: Network, seed: Mapping[str, UnitMap]) -> dict[str, UnitMap]:
+    """The maps of all groups that change with the seed's; raises Refused where `Edit.rewire` would."""
+    maps = close(network, seed)
+    for bundle in network.bundles.values():
+        pattern, smap, tmap = bundle.pattern, maps.get(bundle.source), maps.get(bundle.target)
+        if isinstance(pattern, Conv2d) and pattern.channel_groups > 1 and (smap is not None or tmap is not None):
+            grouped_channels(pattern, bundle.name, *network.shapes(bundle), smap, tmap)
+    return maps
+
+
+def grouped_channels(
+    pattern: Conv2d, name: str, source: Shape, target: Shape, smap: UnitMap | None, tmap: UnitMap | None
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    """How the units of a grouped convolution's ends change its kernels.
+
+    Returns the new number of channel groups, for every kernel `[out, in / groups]` of the new weight the
+    number of the old kernel it copies (-1: none), and the new input unit it reads. Raises Refused where
+    channel groups change unequally.
+    """
+    smap = smap or UnitMap(np.arange(source[0]))
+    tmap = tmap or UnitMap(np.arange(target[0]))
+    groups = smap.units if pattern.depthwise(source) else pattern.channel_groups
+    inputs, outputs = source[0] // pattern.channel_groups, target[0] // pattern.channel_groups
+    if smap.units % groups or tmap.units % groups:
+        raise Refused(
+            f"bundle {name!r}",
+            f"{smap.units} input and {tmap.units} output channels",
+            f"multiples of its {groups} channel groups",
+        )
+    into, outof = smap.units // groups, tmap.units // groups
+    new = np.arange(tmap.units)
+    reads = (new // outof * into)[:, None] + np.arange(into)
+    o, c = tmap.index[new][:, None], smap.index[reads]
+    known = (o >= 0) & (c >= 0)
+    if np.any(known & (o // outputs != c // inputs)):
+        raise Refused(f"bundle {name!r}", "units that would change their channel group", "every group to grow equally")
+    return groups, np.where(known, o * inputs + c - o // outputs * inputs, -1), reads
 
 
 def _forward(network: Network, bundle: Bundle, maps: Mapping[str, UnitMap]) -> UnitMap | None:

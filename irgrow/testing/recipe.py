@@ -73,17 +73,18 @@ def cook(
     widest: int = 5,
     images: bool = True,
     maxima: bool = True,
+    ties: bool = True,
     dropout: bool = True,
 ) -> Network:
-    """A network of 1 to `steps` hidden parts of these kinds, made of decisions of `choices`.
+    """A verified network of 1 to `steps` hidden parts of these kinds, made of decisions of `choices`.
 
     `widest`: units of a flat group at most. `images=False`: flat groups only. `maxima=False`: no group
-    aggregates by max.
+    aggregates by max. `ties=False`: no shared weights in sparse bundles.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise ValueError(f"cook: kinds {unknown}, expected some of {', '.join(KINDS)}")
-    recipe = _Recipe(choices, kinds, activations, norms, choices.pick(dtypes), widest, images, maxima, dropout)
+    recipe = _Recipe(choices, kinds, activations, norms, choices.pick(dtypes), widest, images, maxima, ties, dropout)
     return recipe.network(choices.integer(1, steps))
 
 
@@ -100,10 +101,12 @@ class _Recipe:
         widest: int,
         images: bool,
         maxima: bool,
+        ties: bool,
         dropout: bool,
     ) -> None:
         self.choices, self.kinds, self.activations, self.norms = choices, kinds, activations, norms
-        self.dtype, self.widest, self.images, self.maxima, self.dropout = dtype, widest, images, maxima, dropout
+        self.dtype, self.widest, self.images = dtype, widest, images
+        self.maxima, self.ties, self.dropout = maxima, ties, dropout
         seed = choices.integer(0, 1000)
         self.builder = Builder(seed=seed, dtype=dtype)
         self.numbers = np.random.default_rng(seed)
@@ -227,7 +230,7 @@ class _Recipe:
         if c.integer(0, 1):
             pairs = self.numbers.permutation(pairs)
         index = None
-        if c.integer(0, 2) == 2:
+        if self.ties and c.integer(0, 2) == 2:
             drawn = self.numbers.integers(max(1, len(pairs) // 2), size=len(pairs))
             index = np.unique(drawn, return_inverse=True)[1].ravel()
         tags = {"primary": self.numbers.integers(0, 2, len(pairs))} if c.integer(0, 2) == 2 else {}
