@@ -12,6 +12,7 @@ from irgrow.passes.base import Pass, Sequence, register, registered
 from irgrow.passes.embed import EmbedConv
 from irgrow.passes.insert_neuron import InsertNeuron
 from irgrow.passes.split import SplitUnit
+from irgrow.passes.split_offset import SplitUnits
 
 
 def list() -> dict[str, type[Pass]]:
@@ -19,4 +20,15 @@ def list() -> dict[str, type[Pass]]:
     return registered()
 
 
-__all__ = ["AddLayer", "AddUnits", "EmbedConv", "InsertNeuron", "Pass", "Sequence", "SplitUnit", "list", "register"]
+__all__ = [
+    "AddLayer",
+    "AddUnits",
+    "EmbedConv",
+    "InsertNeuron",
+    "Pass",
+    "Sequence",
+    "SplitUnit",
+    "SplitUnits",
+    "list",
+    "register",
+]

@@ -173,7 +173,7 @@ def _read(tree: ast.expr, proposals: Mapping[str, Proposal]) -> Pass:
 def _typed(value: Any, wanted: Any, proposals: Mapping[str, Proposal]) -> Any:
     """A literal as the type of its field: units and proposals are written as text."""
     if isinstance(value, str):
-        if wanted is Proposal:
+        if wanted is Proposal or Proposal in typing.get_args(wanted):
             key = value.removeprefix("proposal:")
             if key not in proposals:
                 raise UnknownName(f"proposal {key!r}", expected=f"one of {', '.join(proposals) or 'none given'}")
