@@ -39,7 +39,11 @@ def _add(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> N
         for exit, windows in geometry.places:
             b = features[exit] if windows is None else windows.pick(features[exit], windows.centre)
             sums.gram("S", _rows(b), 1.0 / len(geometry.places))
-    gradients = {t.name: g[t.name].reshape(-1, t.outputs, _positions(geometry, t.name, t.shared)) for t in geometry.targets if t.name in g}
+    gradients = {
+        t.name: g[t.name].reshape(-1, t.outputs, _positions(geometry, t.name, t.shared))
+        for t in geometry.targets
+        if t.name in g
+    }
     fed = _feeding(geometry, values, g) if {"S_in", "M", "C"} & want else {}
     sums.add_targets({n: _rows(c) for n, c in fed.items()}, {n: _rows(v) for n, v in gradients.items()})
     if not {"M_prev", "C"} & want:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from irgrow.ir.errors import BadData
 
-Inputs = Union[Tensor, tuple[Tensor, ...]]
+Inputs = Tensor | tuple[Tensor, ...]
 Batch = tuple[Inputs, Tensor]
-Data = Union[Batch, Iterable[Batch]]
+Data = Batch | Iterable[Batch]
 Loss = Callable[[Any, Tensor], Tensor]
 
 

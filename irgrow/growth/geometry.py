@@ -316,7 +316,9 @@ class Geometry:
         for target in self.targets:
             held = {f.block.name for f in target.feeding}
             left = [
-                b.name for b in self.network.entering(target.name) if b.trainable and b.weight.dim() and b.tensor not in held
+                b.name
+                for b in self.network.entering(target.name)
+                if b.trainable and b.weight.dim() and b.tensor not in held
             ]
             if left:
                 found.append(f"dW* leaves {', '.join(left)} as they are")

@@ -23,6 +23,7 @@ from irgrow.growth.geometry import Geometry
 from irgrow.growth.moments import Sums
 from irgrow.ir.errors import BadData, UnknownName
 from irgrow.ir.network import Network
+from irgrow.ir.pattern import Sparse
 from irgrow.ir.site import Site
 from irgrow.ir.statistics import MOMENTS, Statistics
 
@@ -58,7 +59,8 @@ def probe(
 
     `data`: `(inputs, targets)` or an iterable of such batches, inputs one tensor `[B, *shape]` or a tuple;
     pairs are cut into batches of `batch_size`. `loss(outputs, targets)` is what the model is trained with
-    and `reduction` how it combines samples (`mean` or `sum`). `want`: the moments (a method's `needs`).
+    and `reduction` how it combines samples (`mean` or `sum`). `want`: the moments (a method's `needs`;
+    with none, the data is not read).
     `batches`: stop after that many. `bias_row`: whether the constant 1 belongs to b (default: where the
     grown group has a bias). `taps`: `centre` restricts fan-outs of convolutions to their centre tap.
 
@@ -70,6 +72,8 @@ def probe(
     network = model.structure
     names = [site.name for site in Site.all(network)] if sites is None else list(sites)
     gathering = Gathering(network, names, want=want, reduction=reduction, bias_row=bias_row, taps=taps)
+    if not gathering.want:
+        return gathering.statistics()
     with evaluating(model):
         for inputs, targets in islice(cut(data, batch_size, "probe"), batches):
             gathering.run(model, inputs, targets, loss)
@@ -182,7 +186,7 @@ class Gathering:
 
     def statistics(self) -> dict[str, Statistics]:
         """The means so far; BadData if no sample was added."""
-        if self.n == 0:
+        if self.n == 0 and self.want:
             raise BadData("probe: data", "no samples", "at least one")
         return {name: self._statistics(name, sums) for name, sums in self.sums.items()}
 
@@ -267,13 +271,13 @@ def fan_out_norm(geometry: Geometry) -> float:
         bundle = network.bundles[way.block.name.removeprefix("weight.")]
         if way.group != first and network.groups[way.group].units != network.groups[first].units:
             continue
-        weight = bundle.weight.detach().double()
-        if weight.dim() == 1:  # sparse edges
-            units = torch.from_numpy(bundle.pattern.source.astype("int64")) // network.groups[way.group].positions  # type: ignore[attr-defined]
-            square = weight.new_zeros(network.groups[way.group].units)
-            square.index_add_(0, units.to(weight.device), weight[torch.from_numpy(bundle.pattern.index.astype("int64"))] ** 2)  # type: ignore[attr-defined]
+        weight, units = bundle.weight.detach().double(), network.groups[way.group].units
+        if isinstance(bundle.pattern, Sparse):
+            source = torch.from_numpy(bundle.pattern.source // network.groups[way.group].positions).long()
+            at = torch.from_numpy(bundle.pattern.index).long()
+            square = weight.new_zeros(units).index_add(0, source.to(weight.device), weight[at] ** 2)
         else:
-            square = weight.reshape(weight.shape[0], network.groups[way.group].units, -1).square().sum((0, 2))
+            square = weight.reshape(weight.shape[0], units, -1).square().sum((0, 2))
         total = square if total is None else total + square
     assert total is not None
     norm = float(total.sqrt().mean())
@@ -304,4 +308,3 @@ def _culprit(network: Network, inputs: tuple[Tensor, ...], values: Mapping[str, 
         if name in given and not _finite(given[name]):
             return f"group {name!r}: activations", "NaN or infinity", "finite values"
     return "probe: loss", "NaN or infinity", "a finite value"
-

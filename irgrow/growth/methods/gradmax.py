@@ -62,10 +62,10 @@ class GradMax:
         gradient = statistics.slope * statistics.M_prev.mT  # [g, b]
         vectors, values, _ = top_singular(gradient, min(self.units, *gradient.shape))
         rank = int((values > self.threshold * values[:1]).sum())
-        omega, notes = vectors[:, :rank], ()
+        omega, notes = vectors[:, :rank], list[str]()
         if rank < self.units:
             omega = torch.cat([omega, self._rest(omega, self.units - rank, columns(statistics))], 1)
-            notes = (f"{self.units} units from a gradient of rank {rank}: the other {self.units - rank} are random",)
+            notes.append(f"{self.units} units from a gradient of rank {rank}: the other {self.units - rank} are random")
             values = torch.cat([values[:rank], values.new_zeros(self.units - rank)])
         omega = omega * self._norms(values, statistics)
         step = -gradient.mT @ omega  # [b, k]: minus the gradient of the fan-in
@@ -80,7 +80,7 @@ class GradMax:
             singular_values=values,
             predicted_gain=float(step.square().sum()),
             gain_unit="gradient",
-            notes=notes,
+            notes=tuple(notes),
         )
 
     def _norms(self, values: Tensor, statistics: Statistics) -> Tensor:

@@ -24,7 +24,9 @@ from irgrow.kernels.whiten import Whitening, pseudo_solve, whiten
 
 @dataclass(frozen=True)
 class Tiny:
-    """New pairs from the SVD of P = S^{-1/2} N = U diag(lambda) V^T: alpha = sqrt(lambda) S^{-1/2} u, omega = sqrt(lambda) v.
+    """New pairs from the SVD of P = S^{-1/2} N = U diag(lambda) V^T.
+
+        alpha_k = sqrt(lambda_k) S^{-1/2} u_k        omega_k = sqrt(lambda_k) v_k
 
     With dW* held, the bottleneck Psi = min E||v_perp - omega alpha^T b||^2 of the linearised units falls by
     exactly sum lambda^2 over the units kept (dense targets, and convolutions with `taps="centre"`). Which
@@ -59,7 +61,9 @@ class Tiny:
         require_choice(self, "delta", ("skip", "apply"))
         require_units(self)
         if self.joint and not (self.projection and self.use_S):
-            raise Refused("Tiny: joint", f"projection={self.projection}, use_S={self.use_S}", "both, as it refines both")
+            raise Refused(
+                "Tiny: joint", f"projection={self.projection}, use_S={self.use_S}", "both, as it refines both"
+            )
         if not self.amplitude > 0:
             raise Refused("Tiny: amplitude", self.amplitude, "a positive number")
 
@@ -78,21 +82,24 @@ class Tiny:
         return tuple(names)
 
     def propose(self, statistics: Statistics) -> Proposal:
-        """The best units for these statistics; Refused for an activation that does not fit, or where nothing is left."""
+        """The best units; Refused for an activation that does not fit, or where nothing is left to do."""
         require_first_order(self, statistics)
         statistics.need(*self.needs)
         assert statistics.M_prev is not None
         desired = statistics.N if self.projection else -statistics.M_prev
+        if not float(desired.norm()) > self.threshold * float(statistics.M_prev.norm()):
+            raise Refused(
+                f"Tiny: site {statistics.site!r}",
+                "nothing left of the desired move" if float(statistics.M_prev.norm()) else "a gradient of zero",
+                "a move that today's neurons cannot make",
+                do="train on, or grow another site",
+            )
         root, notes = self._root(statistics)
         P = desired if root is None else root.apply_inverse(desired)
         fisher = self._fisher(statistics) if self.fisher else []
         P = _on_outputs(P, statistics, fisher)
         U, values, V = top_singular(P, min(self.units, *P.shape))
         rank = int((values > self.threshold * values[:1]).sum())
-        if rank == 0:
-            raise Refused(
-                f"Tiny: site {statistics.site!r}", "nothing left of the desired move", "a gradient that is not zero"
-            )
         U, values, V = U[:, :rank], values[:rank], V[:, :rank]
         if rank < self.units:
             notes.append(f"{rank} units, not {self.units}: the rank of what is left of the desired move")
@@ -169,7 +176,7 @@ def _schur_root(statistics: Statistics) -> tuple[Whitening, list[str]]:
 
 
 def _on_outputs(P: Tensor, statistics: Statistics, fisher: list[Whitening], back: bool = False) -> Tensor:
-    """P `[rows, G]` with every output axis multiplied by the Fisher root (back: by its transpose); unchanged without."""
+    """P `[rows, G]` with its output axes multiplied by the Fisher root (back: by its transpose), if there is one."""
     if not fisher:
         return P
     roots = dict(zip(statistics.targets, fisher, strict=True))
@@ -181,7 +188,9 @@ def _on_outputs(P: Tensor, statistics: Statistics, fisher: list[Whitening], back
         at += inside * block.taps
         root = roots[block.group]
         part = root.unapply(part) if back else root.apply_inverse(part)
-        parts.append(part.reshape(part.shape[0], -1, block.taps).transpose(0, 1).reshape(-1, part.shape[0] * block.taps))
+        parts.append(
+            part.reshape(part.shape[0], -1, block.taps).transpose(0, 1).reshape(-1, part.shape[0] * block.taps)
+        )
     return torch.cat(parts, 1)
 
 
