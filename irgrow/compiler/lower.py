@@ -246,7 +246,7 @@ def _edges(network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArra
         owners.append(bundle.source)
         out.bundles.append(bundle)
         first_weight += bundle.weight.numel()
-    columns_of: dict[str, NDArray[np.int32]] = {}
+    columns_of: dict[str, NDArray[np.int64]] = {}
     for name in dict.fromkeys(owners):
         neurons = network.groups[name].neurons
         inner = row_of.get(name)
@@ -255,18 +255,18 @@ def _edges(network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArra
             if owner == name:
                 used[s] = True
         outside = np.flatnonzero(used if inner is None else used & (inner < 0))
-        column = np.full(neurons, -1, np.int64)
+        place = np.full(neurons, -1, np.int64)
         if outside.size:
             if inner is None and 2 * outside.size >= neurons:
                 outside = np.arange(neurons)  # most are read: take the group as it lies
             out.fetches.append(places.fetch(name, None if outside.size == neurons else outside))
-            column[outside] = out.inputs + np.arange(outside.size)
+            place[outside] = out.inputs + np.arange(outside.size)
             out.inputs += outside.size
-        columns_of[name] = column
-    for name, column in columns_of.items():
+        columns_of[name] = place
+    for name, place in columns_of.items():
         inner = row_of.get(name)
         if inner is not None:
-            column[inner >= 0] = inner[inner >= 0] + out.inputs
+            place[inner >= 0] = inner[inner >= 0] + out.inputs
     column = [columns_of[owner][s] for owner, s in zip(owners, sources, strict=True)]
     row = np.concatenate(rows) if rows else np.empty(0, np.int32)
     out.pointer, order = graph.compressed_rows(row, rows_total)

@@ -30,6 +30,9 @@ def grow(models: Sequence[CompiledNetwork], morphism: Morphism, optimizer: torch
     plans = [_Plan(model, morphism) for model in models]
     if optimizer is not None:
         plans[0].prepare_optimizer(optimizer)
+    held = [name for plan in plans for name in plan.held()]
+    if held:
+        raise _held(morphism, ", ".join(held))
     done: list[_Plan] = []
     try:
         for plan in plans:
@@ -38,14 +41,18 @@ def grow(models: Sequence[CompiledNetwork], morphism: Morphism, optimizer: torch
     except RuntimeError as error:
         for plan in reversed(done):
             plan.undo()
-        raise GrowthFailed(
-            f"grow by {morphism.by}",
-            f"a tensor that something still holds ({error})",
-            "parameters that nothing else refers to",
-            do="delete losses, outputs and views of the parameters first, and unwrap DistributedDataParallel",
-        ) from error
+        raise _held(morphism, str(error)) from error
     for plan in plans:
         plan.finish()
+
+
+def _held(morphism: Morphism, what: str) -> GrowthFailed:
+    return GrowthFailed(
+        f"grow by {morphism.by}",
+        f"tensors that something still holds: {what}",
+        "parameters that nothing else refers to",
+        do="delete losses, outputs and views of the parameters first, and unwrap DistributedDataParallel",
+    )
 
 
 class _Plan:
@@ -120,6 +127,14 @@ class _Plan:
 
     # ---- swapping -----------------------------------------------------------------------------------------
 
+    def held(self) -> list[str]:
+        """Parameters that a graph still needs, or a view: swapping them would break whoever holds them.
+
+        One reference beside ours may be the gradient accumulator of a graph that is done: no obstacle.
+        """
+        parameters = {n: self.old[n] for n in self.replaced if isinstance(self.old[n], nn.Parameter)}
+        return [name for name, tensor in parameters.items() if tensor._use_count() > 2]  # type: ignore[attr-defined]
+
     def swap(self) -> None:
         for name, fresh in self.replaced.items():
             old = self.old[name]
@@ -156,10 +171,10 @@ class _Plan:
             for parameter in [p for p in optimizer.state if id(p) in gone]:
                 del optimizer.state[parameter]
         held = self.model.tensors()
-        for name, group in self.groups.items():
+        for name, home in self.groups.items():
             parameter = held[name]
             if name in self.added:
-                optimizer.param_groups[group]["params"].append(parameter)
+                optimizer.param_groups[home]["params"].append(parameter)
             if self.states[name]:
                 optimizer.state[parameter] = self.states[name]
             else:
