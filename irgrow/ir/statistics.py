@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ class Statistics:
         if same != (other.site, other.structure, other.fan_in, other.fan_out, other.feeding):
             raise StaleMorphism(f"statistics of site {self.site!r}", "statistics of another site or structure")
         n = self.n + other.n
-        moments = {}
+        moments: dict[str, Any] = {}
         for name in MOMENTS:
             ours, theirs = getattr(self, name), getattr(other, name)
             if (ours is None) != (theirs is None):
