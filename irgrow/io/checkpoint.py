@@ -72,7 +72,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             read_section(file, "progress", {}),
             read_section(file, "extra", {}),
         )
-        file.check_the_rest()
+        file.nothing_left()
         return checkpoint
 
 

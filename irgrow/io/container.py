@@ -95,8 +95,10 @@ def _ordered(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    if not tensor.numel():
+        return memoryview(b"")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _header(tensors: Mapping[str, Tensor], sections: Mapping[str, Any], hashes: Mapping[str, str]) -> bytes:
@@ -154,9 +156,10 @@ class Container:
             if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
                 raise BadFile(str(path), "a directory or device", "a file that irgrow wrote", do="give the file's path")
             self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise BadFile(str(path), reason, "a file that can be read", do="check the path and permissions") from None
+        except OSError as error:
+            raise BadFile(
+                str(path), error.strerror, "a file that can be read", do="check the path and permissions"
+            ) from None
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             header = self._open_header()
@@ -170,7 +173,16 @@ class Container:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The file is closed."""
         self._file.close()
+
+    def nothing_left(self) -> None:
+        """Every tensor was read, or BadFile: one that nothing refers to has no place in a file."""
+        for name in self._left:
+            raise BadFile(f"{self.path}: tensor {name!r}", "nothing that it belongs to", "none of that name")
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, its hash checked."""
@@ -183,7 +195,7 @@ class Container:
             raise BadFile(
                 f"{self.path}: tensor {name!r}", f"{entry.end - entry.begin:,} bytes", "fewer, for this machine"
             ) from error
-        raw = memoryview(flat.numpy())
+        raw = flat.numpy().data
         digest = hashlib.sha256()
         self._seek(entry.begin)
         for first in range(0, len(raw), CHUNK):

@@ -134,6 +134,9 @@ def read_section(file: Container, name: str, default: Any) -> Any:
 def as_path(path: str | os.PathLike[str]) -> Path:
     """The path as a Path; raises BadFile for what is none."""
     try:
-        return Path(os.fsdecode(path))
+        text = os.fsdecode(path)
     except TypeError:
         raise BadFile("path", f"a {type(path).__name__}", "text or a Path") from None
+    if "\0" in text:
+        raise BadFile(f"path {text!r}", "a null character", "none")
+    return Path(text)

@@ -99,6 +99,11 @@ def _python(state: Mapping[str, Any]) -> tuple[int, tuple[int, ...], float | Non
 
 
 def _scratch(kind: str) -> np.random.BitGenerator:
-    kinds = {k.__name__: k for k in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox)}
-    kinds["SFC64"] = np.random.SFC64
+    kinds: dict[str, type[np.random.BitGenerator]] = {
+        "PCG64": np.random.PCG64,
+        "PCG64DXSM": np.random.PCG64DXSM,
+        "MT19937": np.random.MT19937,
+        "Philox": np.random.Philox,
+        "SFC64": np.random.SFC64,
+    }
     return kinds[kind]()

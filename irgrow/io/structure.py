@@ -259,8 +259,9 @@ class Reader:
             raise BadFile(f"{self._who}: serials of group {name!r}", "one out of range", "0 to the next serial")
         norm = None
         if r["norm"] is not None:
-            tensors = {kind: self._tensor(f"{kind}.{name}") for kind in _NORM_TENSORS if f"{kind}.{name}" in self.names}
-            norm = Norm(**r["norm"], **tensors)
+            facts: dict[str, Any] = dict(r["norm"])
+            facts |= {kind: self._tensor(f"{kind}.{name}") for kind in _NORM_TENSORS if f"{kind}.{name}" in self.names}
+            norm = Norm(**facts)
         bias = self._tensor(f"bias.{name}") if r["bias"] else None
         return Group(name, tuple(r["shape"]), r["activation"], r["aggregation"], bias, norm, r["dropout"], serials)
 
