@@ -53,6 +53,12 @@ class Gather(ABC):
         """Whether some defined gradient factor is not 1."""
         return True
 
+    @property
+    def undefined(self) -> bool:
+        """Whether some entry has an old one but no gradient factor."""
+        known = self.known()
+        return known is not None and bool((self.covers() & ~known).any())
+
     @abstractmethod
     def flat(self) -> Flat:
         """The same gather with one explicit index per entry."""
@@ -142,6 +148,10 @@ class Axes(Gather):
     def scales(self) -> bool:
         return any(g is not None for g in self.gradient)
 
+    @property
+    def undefined(self) -> bool:
+        return any(g is not None and bool(g.isnan().any()) for g in self.gradient)
+
     def factor(self) -> Tensor | None:
         out: Tensor | None = None
         for axis, (index, gradient) in enumerate(zip(self.index, self.gradient, strict=True)):
@@ -230,6 +240,10 @@ class Flat(Gather):
     @property
     def scales(self) -> bool:
         return self.gradient is not None
+
+    @property
+    def undefined(self) -> bool:
+        return self.gradient is not None and bool((self.gradient.isnan() & (self.index >= 0)).any())
 
     def factor(self) -> Tensor | None:
         if self.gradient is None and self._missing is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,24 @@ if TYPE_CHECKING:
     from irgrow.runtime.model import CompiledNetwork
 
 
-def grow(models: Sequence[CompiledNetwork], morphism: Morphism, optimizer: torch.optim.Optimizer | None) -> None:
+@dataclass(frozen=True)
+class Carried:
+    """What a growth did to the parameters: which changed, were added or removed, and whose optimizer state
+    starts fresh because it has no exact gradient factor (ALGORITHMS, section 7)."""
+
+    changed: tuple[str, ...]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    fresh_state: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [
+            (word, getattr(self, word.replace(" ", "_"))) for word in ("changed", "added", "removed", "fresh state")
+        ]
+        return "; ".join(f"{word}: {', '.join(names)}" for word, names in parts if names) or "nothing changed"
+
+
+def grow(models: Sequence[CompiledNetwork], morphism: Morphism, optimizer: torch.optim.Optimizer | None) -> Carried:
     """Every model computes `morphism.after`; the optimizer (of the first) follows. All or nothing."""
     for model in models:
         if model.structure.structure != morphism.before.structure:
@@ -44,6 +62,8 @@ def grow(models: Sequence[CompiledNetwork], morphism: Morphism, optimizer: torch
         raise _held(morphism, str(error)) from error
     for plan in plans:
         plan.finish()
+    first = plans[0]
+    return Carried(tuple(first.replaced), tuple(first.added), tuple(first.removed), tuple(first.fresh))
 
 
 def _held(morphism: Morphism, what: str) -> GrowthFailed:
@@ -84,6 +104,7 @@ class _Plan:
         self.optimizer: torch.optim.Optimizer | None = None
         self.states: dict[str, dict[str, Any]] = {}
         self.groups: dict[str, int] = {}
+        self.fresh: list[str] = []
 
     # ---- the optimizer ------------------------------------------------------------------------------------
 
@@ -108,6 +129,8 @@ class _Plan:
             self.groups[name] = group
             options = optimizer.param_groups[group]
             self.states[name] = carried_state(self.morphism.lineage, name, tensor, states, options)
+            if any(g.undefined and states.get(g.source) for g in self.morphism.lineage.gathers.get(name, ())):
+                self.fresh.append(name)
         self.optimizer = optimizer
 
     def _home(self, name: str, known: dict[str, int | None]) -> int:

@@ -14,7 +14,7 @@ from irgrow.ir.errors import BadData
 from irgrow.ir.interpreter import check_inputs
 from irgrow.ir.morphism import Morphism
 from irgrow.ir.network import Network
-from irgrow.runtime.grow import grow
+from irgrow.runtime.grow import Carried, grow
 
 
 def compile(network: Network, *, backend: str = "auto", device: torch.device | str | None = None) -> CompiledNetwork:
@@ -128,14 +128,15 @@ class CompiledNetwork(nn.Module):
         optimizer: torch.optim.Optimizer | None = None,
         *,
         extra: Iterable[CompiledNetwork] = (),
-    ) -> None:
+    ) -> Carried:
         """The module computes `morphism.after`, with its lineage applied to the current weights.
 
         Same module, same optimizer object: parameters that stay keep their identity, state follows the
         lineage, new parameters join an existing parameter group. `extra` models (an EMA) of the same
-        structure grow along. If anything fails, module and optimizer are as before.
+        structure grow along. If anything fails, module and optimizer are as before. Returns what was
+        carried, and names the parameters whose optimizer state had to start fresh.
         """
-        grow([self, *extra], morphism, optimizer)
+        return grow([self, *extra], morphism, optimizer)
 
     # ---- inside -------------------------------------------------------------------------------------------
 

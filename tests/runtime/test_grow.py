@@ -271,3 +271,16 @@ def test_two_hundred_growths_and_shrinks_do_not_leak() -> None:
         if cycle:
             counts.append(tensors())
     assert max(counts) <= min(counts) * 1.02 + 5
+
+
+def test_grow_says_whose_state_starts_fresh() -> None:
+    model = ig.compile(ig.cnn((1, 6, 6), [2], 3, pool=None, dtype=torch.float64))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    x = torch.randn(4, 1, 6, 6, dtype=torch.float64)
+    model(x).pow(2).sum().backward()
+    optimizer.step()
+    carried = model.grow(wider(model.network()), optimizer)
+    assert carried.fresh_state == () and set(carried.changed) >= {"weight.input_conv1", "weight.conv1_output"}
+    carried = model.grow(ig.EmbedConv()(model.network()), optimizer)
+    assert carried.fresh_state == ("weight.input_conv1", "bias.conv1")
+    assert str(carried).endswith("fresh state: weight.input_conv1, bias.conv1")
