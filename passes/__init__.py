@@ -9,7 +9,9 @@ if __name__ != "irgrow.passes":
 from irgrow.passes.add_layer import AddLayer
 from irgrow.passes.add_units import AddUnits
 from irgrow.passes.base import Pass, Sequence, register, registered
+from irgrow.passes.edges import AddEdges, RemoveEdges
 from irgrow.passes.embed import EmbedConv
+from irgrow.passes.insert_edge import InsertOnEdge
 from irgrow.passes.insert_neuron import InsertNeuron
 from irgrow.passes.split import SplitUnit
 from irgrow.passes.split_offset import SplitUnits
@@ -21,11 +23,14 @@ def list() -> dict[str, type[Pass]]:
 
 
 __all__ = [
+    "AddEdges",
     "AddLayer",
     "AddUnits",
     "EmbedConv",
     "InsertNeuron",
+    "InsertOnEdge",
     "Pass",
+    "RemoveEdges",
     "Sequence",
     "SplitUnit",
     "SplitUnits",
