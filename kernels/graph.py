@@ -99,6 +99,11 @@ def first_duplicate(source: Array, target: Array, targets: int, sources: int | N
     return int(_first_repeat(source, pointer, order, sources))
 
 
+def repeats(pointer: Array, grouped: Array, columns: int) -> bool:
+    """Whether a row of `compressed_rows` or `children` holds the same entry (0..columns-1) twice."""
+    return bool(_repeats(pointer, grouped, columns))
+
+
 # --- what callers may get wrong -------------------------------------------------------------------------------
 
 

@@ -11,7 +11,11 @@ from irgrow.kernels.graph import children
 
 def reached(source: NDArray, target: NDArray, start: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """True for every neuron of `start` and every neuron behind one along the edges. O(neurons + edges)."""
-    pointer, child = children(source, target, start.size)
+    return reached_by_children(*children(source, target, start.size), start)
+
+
+def reached_by_children(pointer: NDArray, child: NDArray, start: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`reached`, for edges that `children` has already grouped by source."""
     mask = start.copy()
     _spread(pointer, child, mask)
     return mask

@@ -131,6 +131,7 @@ def _place(edit: Edit, bundle: Bundle, values: Tensor, maps: dict[str, UnitMap],
 
     Where both ends grow, new rows meet old columns and old rows new columns; new units do not feed new units.
     """
+    source = edit.groups[bundle.source].shape
     rows = _ends(edit, bundle, bundle.target, maps, fresh=axis == 0)
     columns = _ends(edit, bundle, bundle.source, maps, fresh=axis == 1)
     if isinstance(bundle.pattern, Sparse):
@@ -141,6 +142,8 @@ def _place(edit: Edit, bundle: Bundle, values: Tensor, maps: dict[str, UnitMap],
     weight = bundle.weight.detach().clone()
     at = torch.from_numpy(rows)[:, None], torch.from_numpy(columns)
     weight[at] = values.detach().to(weight)
+    if isinstance(bundle.pattern, Local2d):
+        weight *= torch.from_numpy(bundle.pattern.used(source)).to(weight)  # no edge there
     edit.write(bundle.tensor, weight)
 
 

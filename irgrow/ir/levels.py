@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irgrow.ir.errors import CyclicNetwork
-from irgrow.ir.pattern import Dense, Identity
+from irgrow.ir.pattern import Dense, Identity, Sparse
 from irgrow.kernels import graph
 
 if TYPE_CHECKING:
@@ -29,16 +30,22 @@ def components(network: Network) -> list[tuple[tuple[str, ...], bool]]:
     try:
         return [((name,), name in loops) for name in TopologicalSorter(parents).static_order()]
     except CycleError:
-        condensed = nx.condensation(nx.DiGraph([(s, t) for t, all_s in parents.items() for s in all_s]))
-        condensed.add_nodes_from(
-            (name, {"members": {name}}) for name, all_s in parents.items() if not all_s and not network.leaving(name)
-        )
+        group_graph = nx.DiGraph()
+        group_graph.add_nodes_from(parents)
+        group_graph.add_edges_from((s, t) for t, all_s in parents.items() for s in all_s)
+        condensed = nx.condensation(group_graph)
         order = [sorted(condensed.nodes[c]["members"], key=list(parents).index) for c in nx.topological_sort(condensed)]
         return [(tuple(names), len(names) > 1 or names[0] in loops) for names in order]
 
 
-def levels(network: Network) -> dict[str, NDArray[np.int32]]:
-    """Per group the depth of every neuron; raises CyclicNetwork with one cycle."""
+Rows = tuple[NDArray[np.integer], NDArray[np.integer]]  # pointer, child: see kernels.graph.children
+
+
+def levels(network: Network, inside: Mapping[tuple[str, ...], Rows] | None = None) -> dict[str, NDArray[np.int32]]:
+    """Per group the depth of every neuron; raises CyclicNetwork with one cycle.
+
+    `inside` saves the work of grouping the edges of a part with a loop where the caller has done it.
+    """
     found: dict[str, NDArray[np.int32]] = {}
     for names, cyclic in network.components:
         for name in names:
@@ -47,10 +54,9 @@ def levels(network: Network) -> dict[str, NDArray[np.int32]]:
                 if bundle.source not in names:
                     _deepen(network, bundle, found[bundle.source], found[name])
         if cyclic:
-            _inside(network, names, found)
-        else:
-            if network.groups[names[0]].norm is not None:
-                found[names[0]][:] = found[names[0]].max(initial=0)
+            _inside(network, names, found, (inside or {}).get(names))
+        elif network.groups[names[0]].norm is not None:
+            found[names[0]][:] = found[names[0]].max(initial=0)
     return {name: found[name] for name in network.groups}
 
 
@@ -72,28 +78,43 @@ def inside_edges(
     network: Network, names: tuple[str, ...]
 ) -> tuple[NDArray[np.integer], NDArray[np.integer], dict[str, int]]:
     """The edges among these groups, with neurons numbered group after group; and each group's first number."""
+    first, total = first_numbers(network, names)
+    sources, targets = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for name in names:
+        for bundle in network.entering(name):
+            if bundle.source in first:
+                if isinstance(bundle.pattern, Sparse):
+                    s, t = bundle.pattern.source, bundle.pattern.target
+                else:
+                    s, t, _ = bundle.pattern.all_edges(*network.shapes(bundle))
+                sources.append(s + first[bundle.source] if first[bundle.source] else s)
+                targets.append(t + first[name] if first[name] else t)
+    if len(sources) == 2:
+        return sources[1], targets[1], first
+    dtype = np.int32 if total < 2**31 else np.int64
+    return np.concatenate(sources, dtype=dtype), np.concatenate(targets, dtype=dtype), first
+
+
+def first_numbers(network: Network, names: tuple[str, ...]) -> tuple[dict[str, int], int]:
+    """The first number of each group, where neurons are numbered group after group; and how many there are."""
     first, total = {}, 0
     for name in names:
         first[name] = total
         total += network.groups[name].neurons
-    sources, targets = [], []
-    for name in names:
-        for bundle in network.entering(name):
-            if bundle.source in first:
-                s, t, _ = bundle.pattern.all_edges(*network.shapes(bundle))
-                sources.append(s + first[bundle.source] if first[bundle.source] else s)
-                targets.append(t + first[name] if first[name] else t)
-    if len(sources) == 1:
-        return sources[0], targets[0], first
-    return np.concatenate(sources), np.concatenate(targets), first
+    return first, total
 
 
-def _inside(network: Network, names: tuple[str, ...], found: dict[str, NDArray[np.int32]]) -> None:
-    source, target, first = inside_edges(network, names)
+def _inside(network: Network, names: tuple[str, ...], found: dict[str, NDArray[np.int32]], rows: Rows | None) -> None:
+    first, total = first_numbers(network, names)
     base = np.concatenate([found[name] for name in names])
-    level = graph.levels(source, target, base.size, base)
+    if rows is None:
+        source, target, _ = inside_edges(network, names)
+        level = graph.levels(source, target, total, base)
+    else:
+        level = graph.levels_of_children(*rows, base)
     if level.size and level.min() < 0:
-        cycle = graph.find_cycle(source, target, base.size)
+        source, target, _ = inside_edges(network, names)
+        cycle = graph.find_cycle(source, target, total)
         ids = np.concatenate([network.ids(name) for name in names])
         path = [network.neuron(int(ids[n])) for n in cycle]
         shown = " -> ".join(f"{n.group} neuron {n.id}" for n in [*path[:6], path[0]])

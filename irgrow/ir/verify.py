@@ -7,6 +7,7 @@ loops between neurons (CyclicNetwork), outputs that some input reaches (Unreacha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite
 
 import numpy as np
@@ -18,14 +19,15 @@ from irgrow.ir.errors import (
     BadProperty,
     BadSerial,
     BadShape,
+    DanglingEdge,
     DuplicateEdge,
     NonFinite,
     Unreachable,
     WeightSize,
 )
-from irgrow.ir.levels import inside_edges
+from irgrow.ir.levels import Rows, first_numbers, inside_edges, levels
 from irgrow.ir.network import Bundle, Group, Network
-from irgrow.ir.pattern import Dense, Pattern, Shape, Sparse
+from irgrow.ir.pattern import Dense, Local2d, Pattern, Shape, Sparse
 from irgrow.kernels import graph, reach
 from irgrow.kernels.activations import ACTIVATIONS
 
@@ -39,12 +41,20 @@ def verify(network: Network) -> Network:
         _bundle(network, bundle)
     _serials(network)
     _tensors(network)
+    inside = {names: _rows(network, names) for names, cyclic in network.components if cyclic}
     for bundle in network.bundles.values():
-        _duplicates(network, bundle)
+        _duplicates(network, bundle, inside)
     _norms(network)
-    _ = network.levels  # raises CyclicNetwork
-    _reachable(network)
+    if "levels" not in network.__dict__:
+        network.__dict__["levels"] = levels(network, inside)  # raises CyclicNetwork
+    _reachable(network, inside)
     return network
+
+
+def _rows(network: Network, names: tuple[str, ...]) -> Rows:
+    """The edges among groups that form a loop, grouped once for all the checks that need it."""
+    source, target, _ = inside_edges(network, names)
+    return graph.children(source, target, sum(network.groups[name].neurons for name in names))
 
 
 def _names(network: Network) -> None:
@@ -89,8 +99,8 @@ def _group(network: Network, g: Group) -> None:
         raise BadProperty(f"{who}: dropout", g.dropout, "a probability in [0, 1)")
     if g.name in network.inputs and (g.bias is not None or g.norm is not None or g.activation != "identity"):
         raise BadProperty(who, "an input with bias, norm or activation", "a plain input group")
-    if g.bias is not None and tuple(g.bias.shape) != (g.units,):
-        raise WeightSize(f"{who}: bias", f"shape {tuple(g.bias.shape)}", f"({g.units},), one per unit")
+    if g.bias is not None and _shape(g.bias) != (g.units,):
+        raise WeightSize(f"{who}: bias", f"shape {_shape(g.bias)}", f"({g.units},), one per unit")
     if g.norm is None:
         return
     n = g.norm
@@ -104,8 +114,13 @@ def _group(network: Network, g: Group) -> None:
         raise BadShape(f"{who}: group norm", f"{n.groups} groups of {g.units} units", "a divisor of the units")
     for kind in ("scale", "shift", "mean", "variance"):
         tensor = getattr(n, kind)
-        if tensor is not None and tuple(tensor.shape) != (g.units,):
-            raise WeightSize(f"{who}: norm {kind}", f"shape {tuple(tensor.shape)}", f"({g.units},)")
+        if tensor is not None and _shape(tensor) != (g.units,):
+            raise WeightSize(f"{who}: norm {kind}", f"shape {_shape(tensor)}", f"({g.units},)")
+    if not (isfinite(n.eps) and n.eps >= 0):
+        raise BadProperty(f"{who}: norm eps", n.eps, "a finite number, at least 0")
+    if n.variance is not None and bool((n.variance < 0).any()):
+        unit = int((n.variance < 0).nonzero()[0])
+        raise BadProperty(f"{who}: norm variance of unit {unit}", n.variance[unit].item(), "at least 0")
 
 
 def _bundle(network: Network, b: Bundle) -> None:
@@ -115,20 +130,34 @@ def _bundle(network: Network, b: Bundle) -> None:
     shapes = network.shapes(b)
     try:
         b.pattern.check(*shapes)
-    except (BadShape, WeightSize) as error:
+    except (BadShape, DanglingEdge, WeightSize) as error:
         raise type(error)(
             f"{who} from {b.source!r} to {b.target!r}: {error.who}", error.found, error.expected
         ) from None
     wanted = b.pattern.weight_shape(*shapes)
-    if tuple(b.weight.shape) != wanted:
-        raise WeightSize(f"{who}: weight", f"shape {tuple(b.weight.shape)}", wanted)
+    if _shape(b.weight) != wanted:
+        raise WeightSize(f"{who}: weight", f"shape {_shape(b.weight)}", wanted)
+    if isinstance(b.pattern, Local2d) and max(b.pattern.padding) > 0 and isinstance(b.weight, Tensor):
+        idle = torch.from_numpy(~b.pattern.used(shapes[0])).to(b.weight.device)
+        if bool(b.weight.detach().masked_select(idle).any()):
+            raise DanglingEdge(
+                f"{who}: weight",
+                "an entry that is not 0 and reaches into the padding",
+                "0 where there is no edge",
+                do="multiply the weight by pattern.used(source shape)",
+            )
+
+
+def _shape(tensor: object) -> Shape:
+    return tuple(getattr(tensor, "shape", ()))
 
 
 def _serials(network: Network) -> None:
     starts, widths = [], []
     for g in network.groups.values():
-        if g.serials is None or g.serials.shape != (g.units,):
-            raise BadSerial(f"group {g.name!r}: serials", getattr(g.serials, "shape", None), f"{g.units}, one per unit")
+        if _shape(g.serials) != (g.units,) or g.serials.dtype.kind not in "iu":
+            found = getattr(g.serials, "shape", None), getattr(g.serials, "dtype", None)
+            raise BadSerial(f"group {g.name!r}: serials", found, f"{g.units} integers, one per unit")
         starts.append(g.serials)
         widths.append(np.full(g.units, g.positions))
     start, width = np.concatenate(starts), np.concatenate(widths)
@@ -142,12 +171,17 @@ def _serials(network: Network) -> None:
 
 
 def _tensors(network: Network) -> None:
-    tensors = network.tensors()
-    for name, tensor in tensors.items():
+    first: Tensor | None = None
+    for name, tensor in network.tensors().items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise WeightSize(f"tensor {name!r}", getattr(tensor, "dtype", type(tensor).__name__), "a floating tensor")
-        if tensor.dtype != network.dtype:
-            raise WeightSize(f"tensor {name!r}", tensor.dtype, f"{network.dtype}, the dtype of the first bundle")
+        first = tensor if first is None else first
+        if tensor.dtype != first.dtype:
+            raise WeightSize(f"tensor {name!r}", tensor.dtype, f"{first.dtype}, the dtype of the first bundle")
+        if tensor.device != first.device:
+            raise WeightSize(f"tensor {name!r}", f"device {tensor.device}", f"{first.device}, where the first bundle is")
+        if bool(torch.isfinite(tensor.detach().sum())):  # one pass; a finite sum has finite terms
+            continue
         finite = torch.isfinite(tensor)
         if not bool(finite.all()):
             at = [int(i) for i in (~finite).nonzero()[0]]
@@ -171,9 +205,13 @@ def _neuron_at(network: Network, name: str, at: list[int]) -> str:
     return ""
 
 
-def _duplicates(network: Network, b: Bundle) -> None:
+def _duplicates(network: Network, b: Bundle, inside: Mapping[tuple[str, ...], Rows]) -> None:
     if not isinstance(b.pattern, Sparse):
         return
+    rows = inside.get((b.source,)) if b.source == b.target else None
+    if rows is not None and rows[1].size == b.pattern.source.size:  # they are this bundle's edges
+        if not graph.repeats(*rows, network.groups[b.target].neurons):
+            return
     source, target = network.groups[b.source], network.groups[b.target]
     edge = graph.first_duplicate(b.pattern.source, b.pattern.target, target.neurons, source.neurons)
     if edge >= 0:
@@ -196,7 +234,7 @@ def _norms(network: Network) -> None:
                 )
 
 
-def _reachable(network: Network) -> None:
+def _reachable(network: Network, inside: Mapping[tuple[str, ...], Rows]) -> None:
     """Every output neuron has a path from some input neuron."""
     reached: dict[str, np.ndarray] = {}
     for names, cyclic in network.components:
@@ -206,8 +244,8 @@ def _reachable(network: Network) -> None:
                 if b.source not in names:
                     _spread(b.pattern, network.shapes(b), reached[b.source], reached[name])
         if cyclic:
-            source, target, first = inside_edges(network, names)
-            mask = reach.reached(source, target, np.concatenate([reached[name] for name in names]))
+            first, _ = first_numbers(network, names)
+            mask = reach.reached_by_children(*inside[names], np.concatenate([reached[name] for name in names]))
             for name in names:
                 reached[name] = mask[first[name] : first[name] + reached[name].size]
     for name in network.outputs:
