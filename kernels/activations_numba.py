@@ -65,7 +65,11 @@ ERFC_64 = (
     3.3505549185349607781e-9,
 )
 
-inline: Any = njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
+# Only called by compiled code: without their wrappers for Python they compile in half the time.
+compiled: Any = njit(fastmath={"contract"}, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inline: Any = njit(
+    fastmath={"contract"}, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True
+)
 
 
 # --- elementary functions -------------------------------------------------------------------------------------
@@ -223,7 +227,7 @@ def activate_one(code, z):
     return z * z
 
 
-@njit(fastmath={"contract"}, error_model="numpy")
+@compiled
 def activate(code, v, start, stop):
     """v[start:stop] becomes sigma of itself."""
     if code == RELU:
@@ -326,7 +330,7 @@ def slope_one(code, z):
     return z + z
 
 
-@njit(fastmath={"contract"}, error_model="numpy")
+@compiled
 def store_slopes(code, v, start, stop, slopes, place):
     """slopes[place + l - start] = sigma'(v[l]) for an activation that `stores_slope`."""
     shift = place - start
@@ -414,7 +418,7 @@ def chain_one(code, g, y):
     return g
 
 
-@njit(fastmath={"contract"}, error_model="numpy")
+@compiled
 def chain(code, g, v, start, stop):
     """g[start:stop] becomes g sigma'(z), from y in v[start:stop]."""
     if code == RELU:

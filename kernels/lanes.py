@@ -95,6 +95,21 @@ def store(_typing, target, at, lanes):
 
 
 @intrinsic
+def prefetch(_typing, source, at):
+    """The line around source[at] is asked for; any address will do."""
+
+    def generate(context, builder, signature, arguments):
+        place = builder.gep(arguments[0], [arguments[1]])
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(hint, [builder.bitcast(place, byte), _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64), generate
+
+
+@intrinsic
 def splat(_typing, x):
     """A line that holds x everywhere."""
     result = LanesType(x)
@@ -125,6 +140,16 @@ def add(_typing, a, b):
 
     def generate(context, builder, signature, arguments):
         return builder.fadd(*arguments)
+
+    return a(a, a), generate
+
+
+@intrinsic
+def multiply(_typing, a, b):
+    """a * b, lane by lane."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fmul(*arguments)
 
     return a(a, a), generate
 

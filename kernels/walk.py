@@ -136,19 +136,17 @@ _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the
 _WORK_PER_THREAD = 6_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
 
 
+_LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}  # what the compiled code runs for
+
+
 @lru_cache(1)
-def _kernels() -> dict[tuple[str, torch.dtype], Callable[..., int]]:
-    """The compiled functions by name and dtype; empty without numba."""
+def _kernels() -> Any:
+    """The compiled code (walk_numba), or None without numba."""
     try:
         from irgrow.kernels import walk_numba
     except ImportError:
-        return {}
-    return {
-        ("forward", torch.float32): walk_numba.forward_float32,
-        ("forward", torch.float64): walk_numba.forward_float64,
-        ("backward", torch.float32): walk_numba.backward_float32,
-        ("backward", torch.float64): walk_numba.backward_float64,
-    }
+        return None
+    return walk_numba
 
 
 def _forward(
@@ -162,10 +160,11 @@ def _forward(
     offset = None if offset is None else _by_rows(offset)
     buffer = inputs.new_empty((plan.rows, pitch))
     slopes = inputs.new_empty((plan.slopes, pitch)) if keep and plan.slopes else None
-    kernel = _kernels()["forward", inputs.dtype]
+    kernel, like = _kernels().forward, _LIKE[inputs.dtype]
 
     def walk_columns(first: int, last: int, _: int) -> None:
         kernel(
+            like,
             plan.address,
             buffer.data_ptr(),
             pitch,
@@ -197,15 +196,18 @@ def _backward(
     """The gradients of inputs, weights, biases and offset, those that are needed."""
     batch, pitch, size = incoming.shape[1], buffer.shape[1], buffer.element_size()
     incoming, weights = _by_rows(incoming), weights.contiguous()
-    hidden = 0 if needs[0] else plan.inputs  # input rows whose gradient nobody wants have no memory
+    every_row = needs[0] or needs[1]
+    hidden = 0 if every_row else plan.inputs  # input rows that need not be swept have no memory
     gradient = buffer.new_empty((plan.rows - hidden, pitch))
     slices = _slices(plan, pitch, buffer)
-    d_weights = buffer.new_zeros((len(slices), len(weights))) if needs[1] else None
-    d_biases = buffer.new_zeros((len(slices), len(biases))) if biases is not None and needs[2] else None
-    kernel = _kernels()["backward", buffer.dtype]
+    d_weights = _Sums(len(slices), weights if needs[1] else None)
+    d_biases = _Sums(len(slices), biases if needs[2] else None)
+    kernel, like = _kernels().backward, _LIKE[buffer.dtype]
 
-    def sweep_columns(first: int, last: int, slice_: int) -> None:
+    def sweep_columns(first: int, last: int, k: int) -> None:
+        starts = first == slices[k][0]
         kernel(
+            like,
             plan.address,
             buffer.data_ptr(),
             pitch,
@@ -214,9 +216,11 @@ def _backward(
             incoming.data_ptr(),
             incoming.stride(0),
             gradient.data_ptr() - hidden * pitch * size,
-            0 if d_weights is None else d_weights[slice_].data_ptr(),
-            0 if d_biases is None else d_biases[slice_].data_ptr(),
-            needs[0],
+            d_weights.address(k),
+            d_biases.address(k),
+            d_weights.length if starts else 0,
+            d_biases.length if starts else 0,
+            every_row,
             batch,
             first,
             last,
@@ -226,10 +230,29 @@ def _backward(
     computed = (plan.inputs - hidden) * pitch
     return (
         gradient.as_strided((plan.inputs, batch), (pitch, 1)) if needs[0] else None,
-        None if d_weights is None else d_weights[0] if len(slices) == 1 else d_weights.sum(0),
-        None if d_biases is None else d_biases[0] if len(slices) == 1 else d_biases.sum(0),
+        d_weights.total(),
+        d_biases.total(),
         gradient.as_strided((plan.neurons, batch), (pitch, 1), computed) if needs[3] else None,
     )
+
+
+class _Sums:
+    """A vector like `like` (nothing for None) that several slices add to, each in a copy of its own."""
+
+    def __init__(self, slices: int, like: Tensor | None) -> None:
+        self.length = 0 if like is None else len(like)
+        self.parts = [] if like is None else [torch.empty_like(like) for _ in range(slices)]
+
+    def address(self, k: int) -> int:
+        return self.parts[k].data_ptr() if self.parts else 0
+
+    def total(self) -> Tensor | None:
+        if not self.parts:
+            return None
+        total = self.parts[0]
+        for other in self.parts[1:]:  # not by torch: its threads would wake for this
+            _kernels().add_onto(_LIKE[total.dtype], total.data_ptr(), other.data_ptr(), self.length)
+        return total
 
 
 def _pitch(batch: int, like: Tensor) -> int:
@@ -246,19 +269,20 @@ def _by_rows(x: Tensor) -> Tensor:
 
 
 def _slices(plan: WalkPlan, pitch: int, like: Tensor) -> list[tuple[int, int]]:
-    """Ranges of batch columns to walk at the same time, of whole lines."""
-    threads = min(torch.get_num_threads(), plan.edges * pitch // _WORK_PER_THREAD)
+    """Ranges of batch columns to walk at the same time, of four lines or more: cores fetch lines in pairs."""
     line = _LINE_BYTES // like.element_size()
-    lines = pitch // line
-    threads = min(threads, lines)
+    blocks = pitch // (4 * line)
+    threads = min(torch.get_num_threads(), plan.edges * pitch // _WORK_PER_THREAD, blocks)
     if threads <= 1:
         return [(0, pitch)]
-    cuts = [lines * k // threads * line for k in range(threads + 1)]
+    cuts = [blocks * k // threads * 4 * line for k in range(threads)] + [pitch]
     return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 
 def _in_slices(run: Callable[[int, int, int], None], slices: list[tuple[int, int]], panel: int) -> None:
     """run(first, last, number of the slice) for every panel of every slice, slices on threads of their own."""
+    if len(slices) == 1 and slices[0][1] <= panel:
+        return run(0, slices[0][1], 0)
 
     def one(k: int) -> None:
         begin, end = slices[k]
@@ -281,7 +305,7 @@ def _threads(process: int) -> ThreadPoolExecutor:
 
 
 def _runs_compiled(like: Tensor) -> bool:
-    return like.device.type == "cpu" and ("forward", like.dtype) in _kernels()
+    return like.is_cpu and like.dtype in _LIKE and _kernels() is not None
 
 
 def _reference_gradients(

@@ -15,7 +15,7 @@ import sys
 import zlib
 from typing import Any
 
-from numba import float32, float64, int32, njit, types
+from numba import int32, njit, types
 
 from irgrow.kernels import activations_numba, lanes
 from irgrow.kernels.activations_numba import (
@@ -23,6 +23,7 @@ from irgrow.kernels.activations_numba import (
     activate_one,
     chain,
     chain_one,
+    compiled,
     inline,
     slope_one,
     store_slopes,
@@ -32,8 +33,10 @@ from irgrow.kernels.lanes import (
     constant,
     lanes_of,
     load,
+    multiply,
     multiply_add,
     pointer,
+    prefetch,
     splat,
     store,
     total,
@@ -50,7 +53,6 @@ SOURCES = zlib.crc32(
     "".join(inspect.getsource(m) for m in (activations_numba, lanes, sys.modules[__name__])).encode()
 )
 
-compiled: Any = njit(fastmath={"contract"}, error_model="numpy")
 
 
 # --- sums over edges ------------------------------------------------------------------------------------------
@@ -137,6 +139,147 @@ def _gather(out, at, seed, onto, source, pitch, column, index, weights, ordered,
 
 
 @inline
+def _pull(
+    g, at, onto, pitch, child, index, weights, start, stop, v, dw, first, last
+):
+    """`_gather` from child rows of g into row `at` of g, and dw[weight] += the sum of g[child, b] * v[at + b].
+
+    The gradient of a weight needs the same row of g as its parent's gradient does, and is had with it.
+    """
+    line = lanes_of(weights[0])
+    zero = splat(constant(0.0, weights[0]))
+    b = first
+    while b < last:
+        left = last - b
+        place = at + b
+        if left >= 4 * line:
+            a0, a1, a2, a3 = zero, zero, zero, zero
+            if onto:
+                a0, a1 = load(g, place), load(g, place + line)
+                a2, a3 = load(g, place + 2 * line), load(g, place + 3 * line)
+            y0, y1 = load(v, place), load(v, place + line)
+            y2, y3 = load(v, place + 2 * line), load(v, place + 3 * line)
+            e = start
+            while e + 3 < stop:
+                k = types.int64(child[e]) * pitch + b
+                a0, a1, a2, a3, d0 = _pull_4(g, k, line, weights[index[e]], a0, a1, a2, a3, y0, y1, y2, y3)
+                k = types.int64(child[e + 1]) * pitch + b
+                a0, a1, a2, a3, d1 = _pull_4(g, k, line, weights[index[e + 1]], a0, a1, a2, a3, y0, y1, y2, y3)
+                k = types.int64(child[e + 2]) * pitch + b
+                a0, a1, a2, a3, d2 = _pull_4(g, k, line, weights[index[e + 2]], a0, a1, a2, a3, y0, y1, y2, y3)
+                k = types.int64(child[e + 3]) * pitch + b
+                a0, a1, a2, a3, d3 = _pull_4(g, k, line, weights[index[e + 3]], a0, a1, a2, a3, y0, y1, y2, y3)
+                _add_totals(dw, index, e, d0, d1, d2, d3)
+                e += 4
+            while e < stop:
+                k = types.int64(child[e]) * pitch + b
+                a0, a1, a2, a3, d0 = _pull_4(g, k, line, weights[index[e]], a0, a1, a2, a3, y0, y1, y2, y3)
+                dw[index[e]] += total(d0)
+                e += 1
+            store(g, place, a0)
+            store(g, place + line, a1)
+            store(g, place + 2 * line, a2)
+            store(g, place + 3 * line, a3)
+            b += 4 * line
+        elif left >= 2 * line:
+            a0, a1, a2, a3 = zero, zero, zero, zero
+            if onto:
+                a0, a1 = load(g, place), load(g, place + line)
+            y0, y1 = load(v, place), load(v, place + line)
+            e = start
+            while e + 3 < stop:
+                k = types.int64(child[e]) * pitch + b
+                a0, a1, d0 = _pull_2(g, k, line, weights[index[e]], a0, a1, y0, y1)
+                k = types.int64(child[e + 1]) * pitch + b
+                a2, a3, d1 = _pull_2(g, k, line, weights[index[e + 1]], a2, a3, y0, y1)
+                k = types.int64(child[e + 2]) * pitch + b
+                a0, a1, d2 = _pull_2(g, k, line, weights[index[e + 2]], a0, a1, y0, y1)
+                k = types.int64(child[e + 3]) * pitch + b
+                a2, a3, d3 = _pull_2(g, k, line, weights[index[e + 3]], a2, a3, y0, y1)
+                _add_totals(dw, index, e, d0, d1, d2, d3)
+                e += 4
+            while e < stop:
+                k = types.int64(child[e]) * pitch + b
+                a0, a1, d0 = _pull_2(g, k, line, weights[index[e]], a0, a1, y0, y1)
+                dw[index[e]] += total(d0)
+                e += 1
+            store(g, place, add(a0, a2))
+            store(g, place + line, add(a1, a3))
+            b += 2 * line
+        else:
+            a0, a1, a2, a3 = zero, zero, zero, zero
+            if onto:
+                a0 = load(g, place)
+            y0 = load(v, place)
+            e = start
+            while e + 3 < stop:
+                a0, d0 = _pull_1(g, types.int64(child[e]) * pitch + b, weights[index[e]], a0, y0)
+                a1, d1 = _pull_1(g, types.int64(child[e + 1]) * pitch + b, weights[index[e + 1]], a1, y0)
+                a2, d2 = _pull_1(g, types.int64(child[e + 2]) * pitch + b, weights[index[e + 2]], a2, y0)
+                a3, d3 = _pull_1(g, types.int64(child[e + 3]) * pitch + b, weights[index[e + 3]], a3, y0)
+                _add_totals(dw, index, e, d0, d1, d2, d3)
+                e += 4
+            while e < stop:
+                a0, d0 = _pull_1(g, types.int64(child[e]) * pitch + b, weights[index[e]], a0, y0)
+                dw[index[e]] += total(d0)
+                e += 1
+            store(g, place, add(add(a0, a1), add(a2, a3)))
+            b += line
+
+
+@inline
+def _pull_1(g, k, weight, a0, y0):
+    g0 = load(g, k)
+    return multiply_add(splat(weight), g0, a0), multiply(g0, y0)
+
+
+@inline
+def _pull_2(g, k, line, weight, a0, a1, y0, y1):
+    w, g0, g1 = splat(weight), load(g, k), load(g, k + line)
+    dot = multiply_add(g1, y1, multiply(g0, y0))
+    return multiply_add(w, g0, a0), multiply_add(w, g1, a1), dot
+
+
+@inline
+def _pull_4(g, k, line, weight, a0, a1, a2, a3, y0, y1, y2, y3):
+    w, g0, g1 = splat(weight), load(g, k), load(g, k + line)
+    g2, g3 = load(g, k + 2 * line), load(g, k + 3 * line)
+    dot = multiply_add(g1, y1, multiply(g0, y0))
+    dot = multiply_add(g3, y3, multiply_add(g2, y2, dot))
+    a0, a1 = multiply_add(w, g0, a0), multiply_add(w, g1, a1)
+    return a0, a1, multiply_add(w, g2, a2), multiply_add(w, g3, a3), dot
+
+
+@inline
+def _add_totals(dw, index, e, d0, d1, d2, d3):
+    """The gradients of four weights, which may be the same one."""
+    s0, s1, s2, s3 = totals(d0, d1, d2, d3)
+    dw[index[e]] += s0
+    dw[index[e + 1]] += s1
+    dw[index[e + 2]] += s2
+    dw[index[e + 3]] += s3
+
+
+@inline
+def _pull_one(seed, g, child, index, weights, start, stop, y, dw):
+    """`_pull` for batch 1: the gradient of a value, d/d weights added to dw."""
+    a0 = seed
+    a1 = constant(0.0, seed)
+    e = start
+    while e + 1 < stop:
+        g0, g1 = g[child[e]], g[child[e + 1]]
+        a0 += weights[index[e]] * g0
+        a1 += weights[index[e + 1]] * g1
+        dw[index[e]] += g0 * y
+        dw[index[e + 1]] += g1 * y
+        e += 2
+    if e < stop:
+        a0 += weights[index[e]] * g[child[e]]
+        dw[index[e]] += g[child[e]] * y
+    return a0 + a1
+
+
+@inline
 def _gather_one(seed, source, column, index, weights, ordered, start, stop):
     """seed + sum over edges of weight * source[column]: batch 1."""
     a0 = seed
@@ -161,14 +304,14 @@ def _exceeds(x, best):
 
 
 @compiled
-def _largest(out, at, seed, onto, source, pitch, column, index, weights, start, stop, first, last):
-    """out[at + b] = seed (+ out[at + b]) + the largest weight * source[column, b]; there is at least one edge."""
+def _largest(v, at, seed, onto, pitch, column, index, weights, start, stop, first, last):
+    """v[at + b] = seed (+ v[at + b]) + the largest weight * v[column, b]; there is at least one edge."""
     for b in range(first, last):
-        best = weights[index[start]] * source[types.int64(column[start]) * pitch + b]
+        best = weights[index[start]] * v[types.int64(column[start]) * pitch + b]
         for e in range(start + 1, stop):
-            x = weights[index[e]] * source[types.int64(column[e]) * pitch + b]
+            x = weights[index[e]] * v[types.int64(column[e]) * pitch + b]
             best = x if _exceeds(x, best) else best
-        out[at + b] = best + seed + (out[at + b] if onto else constant(0.0, seed))
+        v[at + b] = best + seed + (v[at + b] if onto else constant(0.0, seed))
 
 
 @compiled
@@ -194,6 +337,16 @@ def _send_to_largest(
 # --- forward --------------------------------------------------------------------------------------------------
 
 
+@inline
+def _row_tables(structure):
+    """(inputs, neurons, edges, and addresses of: pointer, the four row fields, column)."""
+    s = pointer(structure, int32(0))
+    neurons = types.int64(s[NEURONS])
+    rows = structure + 4 * HEADER
+    fields = rows + 4 * (neurons + 1)
+    return types.int64(s[INPUTS]), neurons, types.int64(s[EDGES]), rows, fields, fields + 16 * neurons
+
+
 @compiled
 def _forward(
     like, structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes, batch, first, last
@@ -202,225 +355,247 @@ def _forward(
 
     `slopes` (0: not wanted) receives sigma'(z) of the rows that store it, with the same pitch.
     """
-    s = pointer(structure, int32(0))
-    n_in, neurons, edges = types.int64(s[INPUTS]), types.int64(s[NEURONS]), types.int64(s[EDGES])
-    ordered = s[IN_ORDER] == 1
-    row_pointer = pointer(structure + 4 * HEADER, int32(0))
-    fields = pointer(structure + 4 * (HEADER + neurons + 1), int32(0))
-    column = pointer(structure + 4 * (HEADER + 5 * neurons + 1), int32(0))
-    index = pointer(structure + 4 * (HEADER + 5 * neurons + 1 + edges), int32(0))
+    n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
+    ordered = pointer(structure, int32(0))[IN_ORDER] == 1
+    row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
+    column, index = pointer(column_at, int32(0)), pointer(column_at + 4 * edges, int32(0))
     v, x, w = pointer(buffer, like), pointer(inputs, like), pointer(weights, like)
     bias, extra, kept = pointer(biases, like), pointer(offset, like), pointer(slopes, like)
+    zero = constant(0.0, like)
     real = min(last, batch)  # where padding begins
 
     for r in range(n_in):
         for b in range(first, real):
             v[r * pitch + b] = x[r * inputs_pitch + b]
         for b in range(real, last):
-            v[r * pitch + b] = constant(0.0, like)
+            v[r * pitch + b] = zero
 
     for r in range(neurons):
         start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
         code, place = fields[r], fields[r + 2 * neurons]
-        seed = bias[place] if place >= 0 else constant(0.0, like)
+        seed = bias[place] if place >= 0 else zero
         at = (n_in + r) * pitch
-
-        if pitch == 1:
-            if offset != 0:
-                seed += extra[r * offset_pitch]
-            if fields[r + neurons] == SUM:
-                z = _gather_one(seed, v, column, index, w, ordered, start, stop)
-            else:
-                _largest(v, at, seed, False, v, 1, column, index, w, start, stop, 0, 1)
-                z = v[at]
-            if slopes != 0 and fields[r + 3 * neurons] >= 0:
-                kept[fields[r + 3 * neurons]] = slope_one(code, z)
-            v[at] = activate_one(code, z)
-            continue
-
         if offset != 0:
             for b in range(first, real):
                 v[at + b] = extra[r * offset_pitch + b]
             for b in range(real, last):
-                v[at + b] = constant(0.0, like)
+                v[at + b] = zero
         if fields[r + neurons] == SUM:
             _gather(v, at, seed, offset != 0, v, pitch, column, index, w, ordered, start, stop, first, last)
         else:
-            _largest(v, at, seed, offset != 0, v, pitch, column, index, w, start, stop, first, last)
+            _largest(v, at, seed, offset != 0, pitch, column, index, w, start, stop, first, last)
         if slopes != 0 and fields[r + 3 * neurons] >= 0:
             store_slopes(code, v, at + first, at + last, kept, fields[r + 3 * neurons] * pitch + first)
         activate(code, v, at + first, at + last)
         for b in range(real, last):
-            v[at + b] = constant(0.0, like)
+            v[at + b] = zero
+
+
+@compiled
+def _forward_one(like, structure, buffer, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes):
+    """`_forward` for batch 1."""
+    n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
+    ordered = pointer(structure, int32(0))[IN_ORDER] == 1
+    row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
+    column, index = pointer(column_at, int32(0)), pointer(column_at + 4 * edges, int32(0))
+    v, x, w = pointer(buffer, like), pointer(inputs, like), pointer(weights, like)
+    bias, extra, kept = pointer(biases, like), pointer(offset, like), pointer(slopes, like)
+
+    for r in range(n_in):
+        v[r] = x[r * inputs_pitch]
+    for r in range(neurons):
+        start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
+        place = fields[r + 2 * neurons]
+        z = bias[place] if place >= 0 else constant(0.0, like)
+        if offset != 0:
+            z += extra[r * offset_pitch]
+        if fields[r + neurons] == SUM:
+            z = _gather_one(z, v, column, index, w, ordered, start, stop)
+        else:
+            _largest(v, n_in + r, z, False, 1, column, index, w, start, stop, 0, 1)
+            z = v[n_in + r]
+        if slopes != 0 and fields[r + 3 * neurons] >= 0:
+            kept[fields[r + 3 * neurons]] = slope_one(fields[r], z)
+        v[n_in + r] = activate_one(fields[r], z)
 
 
 # --- backward -------------------------------------------------------------------------------------------------
 
 
+@inline
+def _child_tables(structure):
+    """Addresses of child_pointer, child, child_weight."""
+    n_in, neurons, edges, _rows, _fields, column_at = _row_tables(structure)
+    children = column_at + 8 * edges
+    child = children + 4 * (n_in + neurons + 1)
+    return children, child, child + 4 * types.int64(pointer(structure, int32(0))[SUMMED])
+
+
 @compiled
 def _backward(
     like, structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases,
-    needs_inputs, batch, first, last
+    every_row, batch, first, last
 ):
-    """Rows of `gradient` [value rows, pitch] become d/dz of computed rows and (if wanted) d/dx of input rows.
+    """Rows of `gradient` [value rows, pitch] become d/dz of computed rows and, if `every_row`, d/dx of input rows.
 
+    Gradients of weights come with those of the rows their edges leave: wanting them implies `every_row`.
     incoming [neurons, B] is the gradient of the computed values. `d_weights` and `d_biases` (0: not wanted) are
-    added to: they start at 0.
+    added to.
     """
-    s = pointer(structure, int32(0))
-    n_in, neurons, edges = types.int64(s[INPUTS]), types.int64(s[NEURONS]), types.int64(s[EDGES])
-    summed, has_max, ordered = types.int64(s[SUMMED]), s[MAXIMA] > 0, s[IN_ORDER] == 1
-    rows = n_in + neurons
-    row_pointer = pointer(structure + 4 * HEADER, int32(0))
-    fields = pointer(structure + 4 * (HEADER + neurons + 1), int32(0))
-    at = HEADER + 5 * neurons + 1
-    column, index = pointer(structure + 4 * at, int32(0)), pointer(structure + 4 * (at + edges), int32(0))
-    at += 2 * edges
-    child_pointer = pointer(structure + 4 * at, int32(0))
-    child = pointer(structure + 4 * (at + rows + 1), int32(0))
-    child_index = pointer(structure + 4 * (at + rows + 1 + summed), int32(0))
+    n_in, neurons, edges, rows_at, fields_at, column_at = _row_tables(structure)
+    has_max = pointer(structure, int32(0))[MAXIMA] > 0
+    row_pointer, fields = pointer(rows_at, int32(0)), pointer(fields_at, int32(0))
+    column, index = pointer(column_at, int32(0)), pointer(column_at + 4 * edges, int32(0))
+    children_at, child_at, child_index_at = _child_tables(structure)
+    child_pointer, child = pointer(children_at, int32(0)), pointer(child_at, int32(0))
+    child_index = pointer(child_index_at, int32(0))
     v, w, kept = pointer(buffer, like), pointer(weights, like), pointer(slopes, like)
     dy, g = pointer(incoming, like), pointer(gradient, like)
     dw, db = pointer(d_weights, like), pointer(d_biases, like)
     real = min(last, batch)
     zero = constant(0.0, like)
-    lowest = 0 if needs_inputs else n_in  # the first value row whose gradient is wanted
+    line = lanes_of(like)
+    distance = max(1, 16 * line // (last - first))  # rows to fetch ahead: descending rows are not fetched by themselves
+    rows = n_in + neurons
+    lowest = 0 if every_row else n_in
 
     if has_max:  # their gradients are sent to their parents before the sweep comes to those
-        for r in range(lowest, rows):
+        for row in range(lowest, rows):
             for b in range(first, last):
-                g[r * pitch + b] = zero
+                g[row * pitch + b] = zero
 
     for k in range(rows - lowest):
         row = rows - 1 - k
         r = row - n_in
         start, stop = types.int64(child_pointer[k]), types.int64(child_pointer[k + 1])
         at = row * pitch
-        if pitch == 1:
-            dz = _gather_one(g[at] if has_max else zero, g, child, child_index, w, False, start, stop)
-            if r >= 0:
-                dz += dy[r * incoming_pitch]
-                slope = fields[r + 3 * neurons]
-                dz = dz * kept[slope] if slope >= 0 else chain_one(fields[r], dz, v[at])
-                if d_biases != 0 and fields[r + 2 * neurons] >= 0:
-                    db[fields[r + 2 * neurons]] += dz
-            g[at] = dz
+        ahead = at - distance * pitch
+        for b in range(first, last, line):
+            prefetch(v, ahead + b)
+            prefetch(g, ahead + b)
+            prefetch(dy, (r - distance) * incoming_pitch + b)
+        if d_weights != 0:
+            _pull(g, at, has_max, pitch, child, child_index, w, start, stop, v, dw, first, last)
         else:
             _gather(g, at, zero, has_max, g, pitch, child, child_index, w, False, start, stop, first, last)
-            if r >= 0:
-                for b in range(first, real):
-                    g[at + b] += dy[r * incoming_pitch + b]
-                slope = fields[r + 3 * neurons]
-                if slope >= 0:
-                    for b in range(first, last):
-                        g[at + b] *= kept[slope * pitch + b]
-                else:
-                    chain(fields[r], g, v, at + first, at + last)
-                for b in range(real, last):
-                    g[at + b] = zero
-                if d_biases != 0 and fields[r + 2 * neurons] >= 0:
-                    sums = splat(zero)
-                    for b in range(first, last, lanes_of(like)):
-                        sums = add(sums, load(g, at + b))
-                    db[fields[r + 2 * neurons]] += total(sums)
-        if r >= 0 and fields[r + neurons] == MAX:
-            _send_to_largest(
-                g, row, v, pitch, column, index, w, dw, d_weights != 0, lowest,
-                types.int64(row_pointer[r]), types.int64(row_pointer[r + 1]), first, real
-            )
-
-    if d_weights != 0:  # a pass of its own: forwards through the edges, and through half as much memory at a time
-        for r in range(neurons):
+        if r < 0:
+            continue
+        for b in range(first, real):
+            g[at + b] += dy[r * incoming_pitch + b]
+        slope = types.int64(fields[r + 3 * neurons])
+        if slope >= 0:
+            for b in range(first, last):
+                g[at + b] *= kept[slope * pitch + b]
+        else:
+            chain(fields[r], g, v, at + first, at + last)
+        for b in range(real, last):
+            g[at + b] = zero
+        if d_biases != 0 and fields[r + 2 * neurons] >= 0:
+            sums = splat(zero)
+            for b in range(first, last, line):
+                sums = add(sums, load(g, at + b))
+            db[fields[r + 2 * neurons]] += total(sums)
+        if fields[r + neurons] == MAX:
             start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
-            if fields[r + neurons] == SUM:
-                at = (n_in + r) * pitch
-                if pitch == 1:
-                    for e in range(start, stop):
-                        dw[e if ordered else index[e]] += g[at] * v[column[e]]
-                else:
-                    _weight_gradients(dw, g, at, v, pitch, column, index, start, stop, first, last)
+            _send_to_largest(g, row, v, pitch, column, index, w, dw, d_weights != 0, lowest, start, stop, first, real)
 
 
-@inline
-def _weight_gradients(dw, g, at, v, pitch, column, index, start, stop, first, last):
-    """dw[weight] += sum over the batch of g[at + b] * v[column, b], four edges at a time."""
-    line = lanes_of(g[0])
-    zero = splat(constant(0.0, g[0]))
-    e = start
-    while e + 3 < stop:
-        c0, c1 = types.int64(column[e]) * pitch, types.int64(column[e + 1]) * pitch
-        c2, c3 = types.int64(column[e + 2]) * pitch, types.int64(column[e + 3]) * pitch
-        a0, a1, a2, a3 = zero, zero, zero, zero
-        for b in range(first, last, line):
-            dz = load(g, at + b)
-            a0 = multiply_add(dz, load(v, c0 + b), a0)
-            a1 = multiply_add(dz, load(v, c1 + b), a1)
-            a2 = multiply_add(dz, load(v, c2 + b), a2)
-            a3 = multiply_add(dz, load(v, c3 + b), a3)
-        s0, s1, s2, s3 = totals(a0, a1, a2, a3)
-        dw[index[e]] += s0
-        dw[index[e + 1]] += s1
-        dw[index[e + 2]] += s2
-        dw[index[e + 3]] += s3
-        e += 4
-    while e < stop:
-        c0 = types.int64(column[e]) * pitch
-        a0 = zero
-        for b in range(first, last, line):
-            a0 = multiply_add(load(g, at + b), load(v, c0 + b), a0)
-        dw[index[e]] += total(a0)
-        e += 1
+@compiled
+def _backward_one(
+    like, structure, buffer, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases, every_row
+):
+    """`_backward` for batch 1."""
+    n_in, neurons, edges, rows_at, fields_at, column_at = _row_tables(structure)
+    has_max = pointer(structure, int32(0))[MAXIMA] > 0
+    row_pointer, fields = pointer(rows_at, int32(0)), pointer(fields_at, int32(0))
+    column, index = pointer(column_at, int32(0)), pointer(column_at + 4 * edges, int32(0))
+    children_at, child_at, child_index_at = _child_tables(structure)
+    child_pointer, child = pointer(children_at, int32(0)), pointer(child_at, int32(0))
+    child_index = pointer(child_index_at, int32(0))
+    v, w, kept = pointer(buffer, like), pointer(weights, like), pointer(slopes, like)
+    dy, g = pointer(incoming, like), pointer(gradient, like)
+    dw, db = pointer(d_weights, like), pointer(d_biases, like)
+    rows = n_in + neurons
+    lowest = 0 if every_row else n_in
+
+    if has_max:
+        for row in range(lowest, rows):
+            g[row] = constant(0.0, like)
+
+    for k in range(rows - lowest):
+        row = rows - 1 - k
+        r = row - n_in
+        start, stop = types.int64(child_pointer[k]), types.int64(child_pointer[k + 1])
+        dz = g[row] if has_max else constant(0.0, like)
+        if d_weights != 0:
+            dz = _pull_one(dz, g, child, child_index, w, start, stop, v[row], dw)
+        else:
+            dz = _gather_one(dz, g, child, child_index, w, False, start, stop)
+        if r >= 0:
+            dz += dy[r * incoming_pitch]
+            slope = fields[r + 3 * neurons]
+            dz = dz * kept[slope] if slope >= 0 else chain_one(fields[r], dz, v[row])
+            if d_biases != 0 and fields[r + 2 * neurons] >= 0:
+                db[fields[r + 2 * neurons]] += dz
+        g[row] = dz
+        if r >= 0 and fields[r + neurons] == MAX:
+            start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
+            _send_to_largest(g, row, v, 1, column, index, w, dw, d_weights != 0, lowest, start, stop, 0, 1)
 
 
 # --- entry points ---------------------------------------------------------------------------------------------
 
 
 def _entry_points(sources: int) -> tuple[Any, ...]:
-    entry: Any = njit(cache=True, nogil=True)
+    """The functions Python calls. `like` is a number of the floating type that the addresses hold."""
+    entry: Any = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
 
     @entry
-    def forward_float32(
-        structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes, batch, first, last
+    def forward(
+        like, structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes, batch, first, last
     ):
-        _forward(
-            float32(0), structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch,
-            slopes, batch, first, last,
-        )
+        if pitch == 1:
+            _forward_one(
+                like, structure, buffer, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes
+            )
+        else:
+            _forward(
+                like, structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes,
+                batch, first, last,
+            )
         return sources
 
     @entry
-    def forward_float64(
-        structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes, batch, first, last
+    def backward(
+        like, structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases,
+        clear_weights, clear_biases, every_row, batch, first, last,
     ):
-        _forward(
-            float64(0), structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch,
-            slopes, batch, first, last,
-        )
+        """`d_weights` and `d_biases` are added to after their first `clear_...` entries have been set to 0."""
+        dw, db = pointer(d_weights, like), pointer(d_biases, like)
+        for k in range(clear_weights):
+            dw[k] = constant(0.0, like)
+        for k in range(clear_biases):
+            db[k] = constant(0.0, like)
+        if pitch == 1:
+            _backward_one(
+                like, structure, buffer, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases,
+                every_row,
+            )
+        else:
+            _backward(
+                like, structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights,
+                d_biases, every_row, batch, first, last,
+            )
         return sources
 
     @entry
-    def backward_float32(
-        structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases,
-        needs_inputs, batch, first, last,
-    ):
-        _backward(
-            float32(0), structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights,
-            d_biases, needs_inputs, batch, first, last,
-        )
+    def add_onto(like, target, other, count):
+        a, b = pointer(target, like), pointer(other, like)
+        for k in range(count):
+            a[k] += b[k]
         return sources
 
-    @entry
-    def backward_float64(
-        structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases,
-        needs_inputs, batch, first, last,
-    ):
-        _backward(
-            float64(0), structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights,
-            d_biases, needs_inputs, batch, first, last,
-        )
-        return sources
-
-    return forward_float32, forward_float64, backward_float32, backward_float64
+    return forward, backward, add_onto
 
 
-forward_float32, forward_float64, backward_float32, backward_float64 = _entry_points(SOURCES)
+forward, backward, add_onto = _entry_points(SOURCES)

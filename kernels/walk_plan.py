@@ -270,7 +270,8 @@ def _build(
         return _POINTER, 0, 0
     at = HEADER + 5 * neurons + 1 + 2 * edges
     child_pointer = structure[at : at + rows + 1]
-    child_pointer[:] = 0
+    for k in range(rows + 1):
+        child_pointer[k] = 0
     weights, biases, slopes, maxima, summed = 0, 0, 0, 0, 0
     in_order = 1
 
@@ -309,14 +310,18 @@ def _build(
         if stored[code[r]]:
             slopes += 1
 
-    structure[HEADER : HEADER + neurons + 1] = pointer
+    for r in range(neurons + 1):
+        structure[HEADER + r] = pointer[r]
     begin = HEADER + 5 * neurons + 1
-    structure[begin : begin + edges] = column
-    structure[begin + edges : begin + 2 * edges] = weight
+    for e in range(edges):
+        structure[begin + e] = column[e]
+        structure[begin + edges + e] = weight[e]
 
     for k in range(rows):
         child_pointer[k + 1] += child_pointer[k]
-    place = child_pointer[:-1].copy()
+    place = np.empty(rows, np.int32)
+    for k in range(rows):
+        place[k] = child_pointer[k]
     begin = at + rows + 1
     for r in range(neurons - 1, -1, -1):  # so that the children of a row stand last to first as well
         if structure[HEADER + 2 * neurons + 1 + r] == SUM:
@@ -342,7 +347,8 @@ def _build(
         levels += 1
         structure[begin + levels] = neurons
 
-    structure[:HEADER] = 0
+    for k in range(HEADER):
+        structure[k] = 0
     structure[_INPUTS], structure[_NEURONS], structure[_EDGES], structure[_SUMMED] = inputs, neurons, edges, summed
     structure[_SLOPES], structure[_MAXIMA], structure[_IN_ORDER], structure[_LEVELS] = slopes, maxima, in_order, levels
     structure[_WEIGHTS], structure[_BIASES] = weights, biases
