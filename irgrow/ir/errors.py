@@ -85,6 +85,10 @@ class BadData(IrgrowError):
     """Data, gradients or statistics of the wrong shape or dtype, or with NaN or infinity in them."""
 
 
+class Diverged(IrgrowError):
+    """A training loss that became NaN or infinite; names the epoch."""
+
+
 class GrowthFailed(IrgrowError):
     """A growth that could not be applied to the model; the model and the optimizer are unchanged."""
 

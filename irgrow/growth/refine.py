@@ -1,0 +1,304 @@
+"""`refine`: signs by lookahead, amplitude by line search, and the gain that was measured.
+
+First-order proposals leave three things open. The sign of a pair (alpha, omega) is free, and with ReLU-like
+activations it decides which half of the data the unit acts on. The amplitude is a step size. And a gain is
+only a prediction until it is measured. All three are settled by evaluating the grown network on one batch:
+it is compiled once, and a candidate differs from the next by a few factors on the new weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from irgrow.growth.data import Batch, Loss, as_inputs
+from irgrow.growth.methods.base import require_choice
+from irgrow.ir.errors import BadData
+from irgrow.ir.network import Network
+from irgrow.ir.proposal import Proposal
+from irgrow.passes.add_units import AddUnits
+from irgrow.runtime.model import CompiledNetwork
+
+DEAD = 1e-6  # a fan-in smaller than this (absolute) only says which way to go
+HALVINGS = 12  # of the amplitude, before the search narrows down
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def refine(
+    proposal: Proposal,
+    model: CompiledNetwork,
+    batch: Batch,
+    loss: Loss,
+    *,
+    signs: bool = True,
+    amplitude: bool = True,
+    delta: str = "separate",
+    lookahead: float = 0.1,
+    limit: float = 16.0,
+    rounds: int = 4,
+) -> Proposal:
+    """The proposal with the better sign of each pair, the best amplitude and its measured gain; the model stays.
+
+    `batch`: `(inputs, targets)`, best one that the statistics have not seen.
+
+    signs       each pair (alpha, omega) or (-alpha, -omega), whichever lowers the loss more
+    amplitude   gamma in [0, `limit`] by line search, sqrt(gamma) on both sides (TINY); `rounds` of golden section
+    delta       dW* `separate`: a line search of its own, after the units'; `joint`: the units' gamma; `keep`: as it is
+    lookahead   the learning rate of the one gradient step by which silent units are judged
+
+    Silent units (GradMax, Random: nothing reaches the targets yet) keep their amplitude. Their signs are those
+    of the larger gradient (the decrease after a vanishing step), their gain is measured after one gradient
+    step of size `lookahead` on the new weights (halved while it overshoots), and `gain_unit` says `lookahead`.
+    """
+    require_choice(_Options(delta), "delta", ("separate", "joint", "keep"))
+    trial = Trial(proposal, model, batch, loss)
+    if trial.silent:
+        return _refined_silent(trial, signs, lookahead)
+    return _refined(trial, signs, amplitude, delta, limit, rounds)
+
+
+class Trial:
+    """The grown network, compiled once, with factors on the weights of its new units.
+
+    `loss(inward, outward, delta)` is the mean loss on the batch with fan-in (and bias), fan-out and delta
+    of the proposal multiplied by these factors, one per unit.
+    """
+
+    def __init__(self, proposal: Proposal, model: CompiledNetwork, batch: Batch, loss: Loss) -> None:
+        network = model.structure
+        zero = proposal.scaled(0.0, 0.0, 0.0)
+        self.proposal = proposal
+        self.units = proposal.units
+        after = AddUnits(zero)(network).after
+        self.model = _compiled(after, model).eval()
+        self.inputs, self.targets = as_inputs(batch[0], "refine"), batch[1]
+        device = next(iter(network.tensors().values())).device
+        self.inputs = tuple(x.to(device) for x in self.inputs)
+        self.targets = self.targets.to(device)
+        if self.targets.shape[0] == 0:
+            raise BadData("refine: batch", "no samples", "at least one")
+        self._criterion = loss
+        self._base = {name: tensor.clone() for name, tensor in after.tensors().items()}
+        number = torch.arange(1, self.units + 1, dtype=torch.float64)
+        numbered = _filled(zero, number)
+        self._parts = {
+            "in": self._difference(network, replace(proposal.scaled(1.0, 0.0, 0.0))),
+            "out": self._difference(network, proposal.scaled(0.0, 1.0, 0.0)),
+            "delta": self._difference(network, proposal.scaled(0.0, 0.0, 1.0)) if proposal.delta else {},
+        }
+        self.where = {
+            "in": {n: d.round().long() for n, d in self._difference(network, numbered.scaled(1.0, 0.0)).items()},
+            "out": {n: d.round().long() for n, d in self._difference(network, numbered.scaled(0.0, 1.0)).items()},
+        }
+        self.ones = torch.ones(self.units, dtype=network.dtype, device=device)
+        self.before = self.loss(self.ones, 0 * self.ones, 0.0)
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing of the new units reaches the targets yet."""
+        p = self.proposal
+        return not bool(p.omega.any()) or float(p.alpha.abs().max()) < DEAD
+
+    def set(self, inward: Tensor, outward: Tensor, delta: float = 1.0) -> None:
+        """Gives the grown network these factors `[units]`."""
+        factors = {"in": inward, "out": outward}
+        held = self.model.tensors()
+        found: dict[str, Tensor] = {}
+        for kind, factor in factors.items():
+            table = torch.cat([factor.new_zeros(1), factor])
+            for name, change in self._parts[kind].items():
+                found[name] = found.get(name, self._base[name]) + change * table[self.where[kind][name]]
+        if delta:
+            for name, change in self._parts["delta"].items():
+                found[name] = found.get(name, self._base[name]) + delta * change
+        else:
+            found = {n: self._base[n] for n in self._parts["delta"]} | found
+        with torch.no_grad():
+            for name, tensor in found.items():
+                held[name].data.copy_(tensor)
+
+    @torch.no_grad()
+    def loss(self, inward: Tensor, outward: Tensor, delta: float = 1.0) -> float:
+        """The loss on the batch with these factors."""
+        self.set(inward, outward, delta)
+        return self.evaluate()
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The loss on the batch as the network is set now."""
+        return float(self._criterion(self.model(*self.inputs), self.targets))
+
+    def gradients(self, inward: Tensor, outward: Tensor) -> dict[str, Tensor]:
+        """The gradient of the loss at these factors with respect to every touched tensor, old entries zeroed."""
+        self.set(inward, outward)
+        names = list(dict.fromkeys([*self.where["in"], *self.where["out"]]))
+        held = self.model.tensors()
+        with torch.enable_grad():
+            value = self._criterion(self.model(*self.inputs), self.targets)
+            found = torch.autograd.grad(value, [held[n] for n in names], allow_unused=True)
+        return {n: g * (self._unit(n) > 0) for n, g in zip(names, found, strict=True) if g is not None}
+
+    def per_unit(self, gradients: dict[str, Tensor]) -> Tensor:
+        """The squared norm of the gradient of each unit's weights `[units]`."""
+        total = self.ones.new_zeros(self.units + 1)
+        for name, gradient in gradients.items():
+            total.index_add_(0, self._unit(name).reshape(-1), gradient.reshape(-1).square())
+        return total[1:]
+
+    @torch.no_grad()
+    def step(self, gradients: dict[str, Tensor], rate: float) -> float:
+        """The loss after one gradient step on the new weights from where they are; they stay there."""
+        held = self.model.tensors()
+        for name, gradient in gradients.items():
+            held[name].data.sub_(rate * gradient)
+        value = self.evaluate()
+        for name, gradient in gradients.items():
+            held[name].data.add_(rate * gradient)
+        return value
+
+    def _unit(self, name: str) -> Tensor:
+        """For every entry of a tensor the number of its unit, from 1; 0 for old entries."""
+        return sum(self.where[kind][name] for kind in ("in", "out") if name in self.where[kind])  # type: ignore[return-value]
+
+    def _difference(self, network: Network, proposal: Proposal) -> dict[str, Tensor]:
+        """What a proposal adds to each tensor that it touches."""
+        after = AddUnits(proposal)(network).after.tensors()
+        touched = {f"weight.{n}" for n in [*proposal.fan_in, *proposal.fan_out]} | set(proposal.delta)
+        touched |= {n for n in after if n.startswith("bias.") and after[n].shape != network.tensors()[n].shape}
+        changes = {n: after[n] - self._base[n] for n in touched}
+        return {n: d for n, d in changes.items() if bool(d.any())}
+
+
+def _refined_silent(trial: Trial, signs: bool, lookahead: float) -> Proposal:
+    """Signs by the decrease that an infinitely small gradient step would bring: the squared gradient of each unit.
+
+    A step of fixed size can overshoot on the better side, and then picks the worse one.
+    """
+    sign = trial.ones
+    gradients = trial.gradients(sign, sign)
+    if signs and bool(trial.proposal.omega.any()):
+        turned = trial.gradients(-sign, -sign)
+        sign = torch.where(trial.per_unit(turned) > trial.per_unit(gradients), -sign, sign)
+        gradients = trial.gradients(sign, sign)
+    rate, notes = lookahead, trial.proposal.notes
+    expected = float(trial.per_unit(gradients).sum())
+    after = trial.step(gradients, rate)
+    while expected > 0 and not trial.before - after > 0.1 * rate * expected and rate > 1e-6 * lookahead:
+        rate /= 2
+        after = trial.step(gradients, rate)
+    if rate < lookahead:
+        notes = (*notes, f"lookahead at the rate {rate:.2g}: {lookahead:.2g} overshoots")
+    return replace(
+        _signed(trial.proposal, sign),
+        predicted_gain=trial.proposal.predicted_gain,
+        measured_gain=trial.before - after,
+        gain_unit="lookahead",
+        notes=notes,
+    )
+
+
+def _refined(trial: Trial, signs: bool, amplitude: bool, delta: str, limit: float, rounds: int) -> Proposal:
+    p = trial.proposal
+    alone = 0.0 if delta == "separate" and p.delta else 1.0
+    sign, gamma, notes = trial.ones.clone(), 1.0, []
+
+    def at(sign: Tensor, gamma: float) -> float:
+        root = math.sqrt(gamma)
+        return trial.loss(sign * root, sign * root, alone * gamma if delta == "joint" else alone)
+
+    after = at(sign, gamma)
+    for _ in range(2 if signs and amplitude else 1):
+        if amplitude:
+            gamma, after = _line_search(lambda g: at(sign, g), limit, rounds)
+        if not signs:
+            break
+        flipped, after = _flip(trial.units, sign, after, lambda s: at(s, gamma))
+        if torch.equal(flipped, sign):
+            break
+        sign = flipped
+    moved = gamma if delta == "joint" else 1.0
+    if delta == "separate" and p.delta:
+        root = sign * math.sqrt(gamma)
+        if amplitude:
+            moved, after = _line_search(lambda d: trial.loss(root, root, d), limit, rounds)
+        else:
+            after = trial.loss(root, root, moved)
+    measured = trial.before - after
+    if not measured > 0:
+        notes.append("no amplitude that was tried lowers the loss")
+    found = _signed(p, sign).scaled(math.sqrt(gamma), math.sqrt(gamma), moved)
+    gain = None
+    if p.predicted_gain is not None and moved == gamma:
+        gain = p.predicted_gain * gamma
+    elif p.predicted_gain is not None and not p.delta:
+        gain = p.predicted_gain * gamma
+    return replace(found, predicted_gain=gain, measured_gain=measured, notes=(*p.notes, *notes))
+
+
+def _flip(units: int, sign: Tensor, best: float, evaluate: Callable[[Tensor], float]) -> tuple[Tensor, float]:
+    """The signs after trying to turn each unit once, keeping what lowers the loss."""
+    for unit in range(units):
+        other = sign.clone()
+        other[unit] = -other[unit]
+        value = evaluate(other)
+        if value < best:
+            sign, best = other, value
+    return sign, best
+
+
+def _line_search(evaluate: Callable[[float], float], limit: float, rounds: int) -> tuple[float, float]:
+    """(x, f(x)) with a small f on (0, limit]: halving until f stops falling, then golden section around the best."""
+    tried = {limit: evaluate(limit)}
+    x = limit
+    for _ in range(HALVINGS):
+        x /= 2
+        tried[x] = evaluate(x)
+        best = min(tried, key=lambda t: _or_inf(tried[t]))
+        if best > 4 * x:
+            break
+    low, high = best / 2, min(best * 2, limit)
+    for _ in range(rounds):
+        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+        for point in (left, right):
+            if point not in tried:
+                tried[point] = evaluate(point)
+        if _or_inf(tried[left]) < _or_inf(tried[right]):
+            high = right
+        else:
+            low = left
+    best = min(tried, key=lambda t: _or_inf(tried[t]))
+    return best, tried[best]
+
+
+def _or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _signed(proposal: Proposal, sign: Tensor) -> Proposal:
+    return proposal if bool((sign > 0).all()) else proposal.scaled(sign.cpu(), sign.cpu())
+
+
+def _filled(proposal: Proposal, values: Tensor) -> Proposal:
+    """The proposal with every weight of unit k equal to values[k]."""
+    ones = replace(
+        proposal,
+        fan_in={n: torch.ones_like(w) for n, w in proposal.fan_in.items()},
+        fan_out={n: torch.ones_like(w) for n, w in proposal.fan_out.items()},
+        bias=None if proposal.bias is None else torch.ones_like(proposal.bias),
+        delta={},
+    )
+    return ones.scaled(values, values)
+
+
+def _compiled(network: Network, model: CompiledNetwork) -> CompiledNetwork:
+    return CompiledNetwork(network, backend=model.backend)
+
+
+class _Options:
+    def __init__(self, delta: str) -> None:
+        self.delta = delta
+
