@@ -10,12 +10,17 @@ from typing import Any
 
 import numpy as np
 
-try:
-    from numba import njit
-except ImportError:  # the loops below are plain Python as well
 
-    def njit(**_: Any) -> Any:
-        return lambda function: function
+def _interpreted(**_: Any) -> Any:
+    return lambda function: function
+
+
+try:
+    import numba
+
+    njit: Any = numba.njit
+except ImportError:  # the loops below are plain Python as well
+    njit = _interpreted
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -297,4 +302,4 @@ def _first_repeat(source: Array, pointer: Array, order: Array, sources: int) -> 
                 first = min(first, np.int64(e))
                 break  # edges of one target stand in their old order, later ones come later
             last[source[e]] = v
-    return first if first < len(source) else -1
+    return int(first) if first < len(source) else -1

@@ -8,6 +8,9 @@ Functions written with these are generic over the floating type: constants come 
 never as bare literals, which numba would compute in float64.
 """
 
+# mypy: ignore-errors
+# (numba infers the types of what is compiled)
+
 from __future__ import annotations
 
 from typing import Any
@@ -227,9 +230,7 @@ def horner(_typing, x, single, double):
 
     def generate(context, builder, signature, arguments):
         table, kind = (arguments[1], single) if x == types.float32 else (arguments[2], double)
-        terms = [
-            context.cast(builder, builder.extract_value(table, k), types.float64, x) for k in range(kind.count)
-        ]
+        terms = [context.cast(builder, builder.extract_value(table, k), types.float64, x) for k in range(kind.count)]
         result = terms.pop()
         while terms:
             result = builder.fmul(result, arguments[0], flags=("contract",))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -90,10 +91,7 @@ _LEVELS: WeakKeyDictionary[WalkPlan, dict[torch.device, list[_Level]]] = WeakKey
 def _levels(plan: WalkPlan, device: torch.device) -> list[_Level]:
     on = _LEVELS.setdefault(plan, {})
     if device not in on:
-        on[device] = [
-            _level(plan, int(start), int(stop), device)
-            for start, stop in zip(plan.level_pointer[:-1], plan.level_pointer[1:], strict=True)
-        ]
+        on[device] = [_level(plan, int(start), int(stop), device) for start, stop in pairwise(plan.level_pointer)]
     return on[device]
 
 
@@ -163,8 +161,7 @@ def _forward(
     kernel, like = _kernels().forward, _LIKE[inputs.dtype]
 
     def walk_columns(first: int, last: int, _: int) -> None:
-        kernel(
-            like,
+        operands = (
             plan.address,
             buffer.data_ptr(),
             pitch,
@@ -179,6 +176,7 @@ def _forward(
             first,
             last,
         )
+        kernel(like, operands)
 
     _in_slices(walk_columns, _slices(plan, pitch, inputs), _PANEL_BYTES // inputs.element_size())
     return buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch), buffer, slopes
@@ -206,8 +204,7 @@ def _backward(
 
     def sweep_columns(first: int, last: int, k: int) -> None:
         starts = first == slices[k][0]
-        kernel(
-            like,
+        operands = (
             plan.address,
             buffer.data_ptr(),
             pitch,
@@ -220,11 +217,12 @@ def _backward(
             d_biases.address(k),
             d_weights.length if starts else 0,
             d_biases.length if starts else 0,
-            every_row,
+            int(every_row),
             batch,
             first,
             last,
         )
+        kernel(like, operands)
 
     _in_slices(sweep_columns, slices, _PANEL_BYTES // size)
     computed = (plan.inputs - hidden) * pitch
@@ -276,7 +274,7 @@ def _slices(plan: WalkPlan, pitch: int, like: Tensor) -> list[tuple[int, int]]:
     if threads <= 1:
         return [(0, pitch)]
     cuts = [blocks * k // threads * 4 * line for k in range(threads)] + [pitch]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def _in_slices(run: Callable[[int, int, int], None], slices: list[tuple[int, int]], panel: int) -> None:
@@ -414,9 +412,7 @@ def _walk_backward_op(
         found = _backward(plan, incoming, buffer, slopes, weights, biases, needs)
     else:
         found = _reference_gradients(plan, incoming, (inputs, weights, biases, offset), needs)
-    return [
-        weights.new_empty(0) if g is None else g.clone(memory_format=torch.contiguous_format) for g in found
-    ]
+    return [weights.new_empty(0) if g is None else g.clone(memory_format=torch.contiguous_format) for g in found]
 
 
 @_walk_backward_op.register_fake
@@ -477,11 +473,7 @@ def walk(
     _check(plan, inputs, weights, biases, offset)
     if torch.compiler.is_compiling():
         return _walk_op(plan.tensor, inputs, weights, biases, offset, plan.neurons, plan.slopes)[0]
-    if (
-        not _runs_compiled(inputs)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if not _runs_compiled(inputs) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return walk_reference(plan, inputs, weights, biases, offset)
     if not (type(inputs) in _PLAIN and type(weights) in _PLAIN and type(biases) in _PLAIN and type(offset) in _PLAIN):
         return _walk_op(plan.tensor, inputs, weights, biases, offset, plan.neurons, plan.slopes)[0]

@@ -8,6 +8,9 @@ The batch is cut into slices of columns, which are independent: one call walks o
 once. Sums over the batch (gradients of weights and biases) are per slice; the caller adds them.
 """
 
+# mypy: ignore-errors
+# (numba infers the types of what is compiled)
+
 from __future__ import annotations
 
 import inspect
@@ -49,10 +52,7 @@ MAXIMA, IN_ORDER = int(Header.MAXIMA), int(Header.IN_ORDER)
 
 # numba's cache on disk looks at the file of the cached function only. The compiled entry points close over this
 # number, and so are compiled again when any of the files they were made from changes.
-SOURCES = zlib.crc32(
-    "".join(inspect.getsource(m) for m in (activations_numba, lanes, sys.modules[__name__])).encode()
-)
-
+SOURCES = zlib.crc32("".join(inspect.getsource(m) for m in (activations_numba, lanes, sys.modules[__name__])).encode())
 
 
 # --- sums over edges ------------------------------------------------------------------------------------------
@@ -139,9 +139,7 @@ def _gather(out, at, seed, onto, source, pitch, column, index, weights, ordered,
 
 
 @inline
-def _pull(
-    g, at, onto, pitch, child, index, weights, start, stop, v, dw, first, last
-):
+def _pull(g, at, onto, pitch, child, index, weights, start, stop, v, dw, first, last):
     """`_gather` from child rows of g into row `at` of g, and dw[weight] += the sum of g[child, b] * v[at + b].
 
     The gradient of a weight needs the same row of g as its parent's gradient does, and is had with it.
@@ -348,13 +346,13 @@ def _row_tables(structure):
 
 
 @compiled
-def _forward(
-    like, structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes, batch, first, last
-):
+def _forward(like, operands):
     """Rows of `buffer` are filled, columns first..last (a whole number of lines; the real ones end at `batch`).
 
     `slopes` (0: not wanted) receives sigma'(z) of the rows that store it, with the same pitch.
     """
+    structure, buffer, pitch, inputs, inputs_pitch, weights, biases = operands[:7]
+    offset, offset_pitch, slopes, batch, first, last = operands[7:]
     n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
     ordered = pointer(structure, int32(0))[IN_ORDER] == 1
     row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
@@ -392,8 +390,10 @@ def _forward(
 
 
 @compiled
-def _forward_one(like, structure, buffer, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes):
+def _forward_one(like, operands):
     """`_forward` for batch 1."""
+    structure, buffer, _pitch, inputs, inputs_pitch, weights, biases = operands[:7]
+    offset, offset_pitch, slopes = operands[7:10]
     n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
     ordered = pointer(structure, int32(0))[IN_ORDER] == 1
     row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
@@ -432,16 +432,15 @@ def _child_tables(structure):
 
 
 @compiled
-def _backward(
-    like, structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases,
-    every_row, batch, first, last
-):
+def _backward(like, operands):
     """Rows of `gradient` [value rows, pitch] become d/dz of computed rows and, if `every_row`, d/dx of input rows.
 
     Gradients of weights come with those of the rows their edges leave: wanting them implies `every_row`.
     incoming [neurons, B] is the gradient of the computed values. `d_weights` and `d_biases` (0: not wanted) are
-    added to.
+    added to, in the first panel after their first `clear_...` entries have been set to 0 (see `backward`).
     """
+    structure, buffer, pitch, weights, slopes, incoming, incoming_pitch = operands[:7]
+    gradient, d_weights, d_biases, _clear_weights, _clear_biases, every_row, batch, first, last = operands[7:]
     n_in, neurons, edges, rows_at, fields_at, column_at = _row_tables(structure)
     has_max = pointer(structure, int32(0))[MAXIMA] > 0
     row_pointer, fields = pointer(rows_at, int32(0)), pointer(fields_at, int32(0))
@@ -501,10 +500,10 @@ def _backward(
 
 
 @compiled
-def _backward_one(
-    like, structure, buffer, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases, every_row
-):
+def _backward_one(like, operands):
     """`_backward` for batch 1."""
+    structure, buffer, _pitch, weights, slopes, incoming, incoming_pitch = operands[:7]
+    gradient, d_weights, d_biases, _clear_weights, _clear_biases, every_row = operands[7:13]
     n_in, neurons, edges, rows_at, fields_at, column_at = _row_tables(structure)
     has_max = pointer(structure, int32(0))[MAXIMA] > 0
     row_pointer, fields = pointer(rows_at, int32(0)), pointer(fields_at, int32(0))
@@ -547,45 +546,29 @@ def _backward_one(
 
 
 def _entry_points(sources: int) -> tuple[Any, ...]:
-    """The functions Python calls. `like` is a number of the floating type that the addresses hold."""
+    """The functions Python calls: a number of the floating type that the addresses hold, and a tuple of integers."""
     entry: Any = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
 
     @entry
-    def forward(
-        like, structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes, batch, first, last
-    ):
-        if pitch == 1:
-            _forward_one(
-                like, structure, buffer, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes
-            )
+    def forward(like, operands):
+        if operands[2] == 1:
+            _forward_one(like, operands)
         else:
-            _forward(
-                like, structure, buffer, pitch, inputs, inputs_pitch, weights, biases, offset, offset_pitch, slopes,
-                batch, first, last,
-            )
+            _forward(like, operands)
         return sources
 
     @entry
-    def backward(
-        like, structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases,
-        clear_weights, clear_biases, every_row, batch, first, last,
-    ):
-        """`d_weights` and `d_biases` are added to after their first `clear_...` entries have been set to 0."""
+    def backward(like, operands):
+        d_weights, d_biases, clear_weights, clear_biases = operands[8:12]
         dw, db = pointer(d_weights, like), pointer(d_biases, like)
         for k in range(clear_weights):
             dw[k] = constant(0.0, like)
         for k in range(clear_biases):
             db[k] = constant(0.0, like)
-        if pitch == 1:
-            _backward_one(
-                like, structure, buffer, weights, slopes, incoming, incoming_pitch, gradient, d_weights, d_biases,
-                every_row,
-            )
+        if operands[2] == 1:
+            _backward_one(like, operands)
         else:
-            _backward(
-                like, structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, gradient, d_weights,
-                d_biases, every_row, batch, first, last,
-            )
+            _backward(like, operands)
         return sources
 
     @entry

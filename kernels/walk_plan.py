@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import torch
@@ -188,8 +187,7 @@ def plan(
     if len(weight_) != edges:
         raise ValueError(f"weight must have one entry per edge, found {len(weight_)} for {edges} edges")
     rows = [
-        _per_row(name, value, neurons)
-        for name, value in (("code", code), ("aggregation", aggregation), ("bias", bias))
+        _per_row(name, value, neurons) for name, value in (("code", code), ("aggregation", aggregation), ("bias", bias))
     ]
     size = HEADER + 6 * neurons + 3 + 4 * edges + (inputs + neurons)
     if inputs < 0 or size >= 2**31:
