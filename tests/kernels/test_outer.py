@@ -17,8 +17,8 @@ from irgrow.kernels.outer import (
     accumulate_gram,
     accumulate_gram_reference,
     accumulate_reference,
+    add_products,
     mirror,
-    row_products,
 )
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
@@ -193,12 +193,27 @@ def test_repeats_bit_for_bit_and_without_onednn(onednn, monkeypatch):
     assert relative(mirror(runs[0][0]), accumulate_gram_reference(zeros(400, 400), b)) < TOLERANCE[torch.float32]
 
 
-def test_row_products_takes_any_layout():
-    left, right = features(300, 200, torch.float32), features(200, 260, torch.float32, 1)
-    expected = left.double() @ right.double()
-    for a in (left, left.T.contiguous().T, torch.cat([left, left], 1)[:, :200]):
-        for b in (right, right.T.contiguous().T, torch.cat([right, right], 1)[:, :260]):
-            assert relative(row_products(a, b.T).double(), expected) < TOLERANCE[torch.float32]
+def product(left: Tensor, right: Tensor) -> Tensor:
+    out = zeros(len(left), len(right))
+    add_products(out, left, right)
+    return out
+
+
+@pytest.mark.parametrize("n", [0, 1, 200, 511, 512, 1300])
+@pytest.mark.parametrize("p, q", [(1, 1), (3, 40), (300, 260)])
+def test_add_products_takes_any_layout(n, p, q):
+    left, right = features(p, n, torch.float32), features(q, n, torch.float32, 1)
+    expected = left.double() @ right.double().T
+    for a in (left, left.T.contiguous().T, torch.cat([left, left], 1)[:, :n]):
+        for b in (right, right.T.contiguous().T, torch.cat([right, right], 1)[:, :n]):
+            assert relative(product(a, b), expected) < TOLERANCE[torch.float32]
+
+
+def test_small_products_over_many_samples_stay_accurate():
+    left = features(4, 50_000, torch.float32)
+    expected = left.double() @ left.double().T
+    assert relative(product(left, left), expected) < 1e-7
+    assert relative((left @ left.T.contiguous()).double(), expected) > 1e-7  # the control
 
 
 def test_float32_stays_float32_when_the_user_allows_less():
@@ -206,7 +221,7 @@ def test_float32_stays_float32_when_the_user_allows_less():
     expected = left.double() @ left.double().T
     try:
         torch.set_float32_matmul_precision("medium")
-        assert relative(row_products(left, left).double(), expected) < TOLERANCE[torch.float32]
+        assert relative(product(left, left), expected) < TOLERANCE[torch.float32]
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
