@@ -14,7 +14,7 @@ _HOME = {
     "recipe": ("cook", "inputs_for", "random_network"),
     "promises": ("assert_promise", "fingerprint", "gradients", "largest_change", "network_with_other_weights"),
     "corruptions": ("CORRUPTIONS", "Corruption"),
-    "strategies": ("networks", "places", "rewrites"),
+    "strategies": ("networks", "places", "rewrites", "seeded_networks"),
     "machine": ("GrowthMachine",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

@@ -20,7 +20,7 @@ from irgrow.ir.network import Network
 from irgrow.passes.base import Pass, registered
 from irgrow.testing.recipe import inputs_for
 from irgrow.testing.promises import VALUE, assert_close, assert_promise, largest_change, network_with_other_weights
-from irgrow.testing.strategies import networks, places
+from irgrow.testing.strategies import networks, places, seeded_networks
 
 LARGEST = 300  # neurons; beyond that a run stops growing
 
@@ -40,7 +40,7 @@ class GrowthMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data: st.DataObject) -> None:
-        self.first = self.network = data.draw(networks(**self.options))
+        self.first = self.network = data.draw(st.one_of(seeded_networks(**self.options), networks(**self.options)))
         self.other = network_with_other_weights(self.first)
         self.carried = self.other.tensors()
 

@@ -16,7 +16,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from irgrow.ir.network import Network
 from irgrow.passes.base import Pass, registered
-from irgrow.testing.recipe import cook
+from irgrow.testing.recipe import cook, random_network
 
 T = TypeVar("T")
 
@@ -38,6 +38,11 @@ class _Drawn:
 def networks(draw: DrawFn, **options: Any) -> Network:
     """Verified networks of any kind; the options are those of `irgrow.testing.cook`."""
     return cook(_Drawn(draw), **options)
+
+
+def seeded_networks(**options: Any) -> SearchStrategy[Network]:
+    """Networks of `random_network`: more variety in few examples than `networks`, but failures shrink less."""
+    return st.integers(0, 10**6).map(lambda seed: random_network(seed, **options))
 
 
 def places(network: Network, passes: Iterable[type[Pass]] | None = None, *, most: int = 20) -> list[Pass]:
