@@ -68,7 +68,7 @@ class Pass(ABC):
         except Refused as error:
             raise self._named(error) from None
         after, lineage = edit.finish()
-        return Morphism(network, after, lineage, self.promise(network), str(self))
+        return Morphism(network, after, lineage, self.promise(network), str(self), (self,))
 
     def _named(self, error: Refused) -> Refused:
         name = type(self).__name__
@@ -121,7 +121,8 @@ class Sequence(Pass):
         for step in self.steps[1:]:
             later = step(morphism.after)
             lineage, promise = morphism.lineage.then(later.lineage), morphism.promise.then(later.promise)
-            morphism = Morphism(network, later.after, lineage, promise, f"{morphism.by} >> {later.by}")
+            by, made_by = f"{morphism.by} >> {later.by}", (*morphism.made_by, *later.made_by)
+            morphism = Morphism(network, later.after, lineage, promise, by, made_by)
         return morphism
 
     def promise(self, network: Network) -> Promise:

@@ -49,13 +49,14 @@ class Changes(Promise):
 
 @dataclass(frozen=True, eq=False)
 class Morphism:
-    """`before` became `after` by a pass (`by`, its text); `lineage` says where every tensor comes from."""
+    """`before` became `after` by passes (`by` is their text); `lineage` says where every tensor comes from."""
 
     before: Network
     after: Network
     lineage: Lineage
     promise: Promise
     by: str
+    made_by: tuple[Any, ...] = ()  # the passes, in order
 
     def tensors(self, current: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
         """The new tensors for the *current* old ones: gather(current) + scale * (after - gather(before))."""
@@ -122,6 +123,7 @@ class Morphism:
             self.lineage.then(later.lineage),
             self.promise.then(later.promise),
             f"{self.by} >> {later.by}",
+            (*self.made_by, *later.made_by),
         )
 
     def __repr__(self) -> str:

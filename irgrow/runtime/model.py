@@ -15,6 +15,8 @@ from irgrow.ir.interpreter import check_inputs
 from irgrow.ir.morphism import Morphism
 from irgrow.ir.network import Network
 from irgrow.runtime.grow import Carried, grow
+from irgrow.runtime.ledger import Ledger
+from irgrow.runtime.undo import Snapshot, restore, snapshot
 
 
 def compile(network: Network, *, backend: str = "auto", device: torch.device | str | None = None) -> CompiledNetwork:
@@ -56,6 +58,7 @@ class CompiledNetwork(nn.Module):
         super().__init__()
         network.verify()
         self.backend = backend
+        self.ledger = Ledger()  # what this model grew by
         for kind in KINDS:
             self.add_module(kind, Tensors())
         trainable = set(network.trainable())
@@ -136,7 +139,19 @@ class CompiledNetwork(nn.Module):
         structure grow along. If anything fails, module and optimizer are as before. Returns what was
         carried, and names the parameters whose optimizer state had to start fresh.
         """
-        return grow([self, *extra], morphism, optimizer)
+        models = [self, *extra]
+        carried = grow(models, morphism, optimizer)
+        for model in models:
+            model.ledger = model.ledger.and_then(morphism)
+        return carried
+
+    def snapshot(self, optimizer: torch.optim.Optimizer | None = None) -> Snapshot:
+        """This point, to come back to with `restore`."""
+        return snapshot(self, optimizer)
+
+    def restore(self, to: Snapshot, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Structure, values, ledger and optimizer state of a snapshot; same module, same optimizer object."""
+        restore(self, to, optimizer)
 
     # ---- inside -------------------------------------------------------------------------------------------
 

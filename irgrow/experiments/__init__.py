@@ -1,0 +1,1 @@
+"""Experiments: complete runs that write a folder of results."""
