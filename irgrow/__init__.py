@@ -34,6 +34,8 @@ _HOME = {
         "InsertOnEdge",
         "AddEdges",
         "RemoveEdges",
+        "MergeUnits",
+        "PruneUnits",
         "register",
     ),
     "irgrow.runtime.model": ("CompiledNetwork", "compile"),

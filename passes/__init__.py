@@ -13,6 +13,8 @@ from irgrow.passes.edges import AddEdges, RemoveEdges
 from irgrow.passes.embed import EmbedConv
 from irgrow.passes.insert_edge import InsertOnEdge
 from irgrow.passes.insert_neuron import InsertNeuron
+from irgrow.passes.merge import MergeUnits
+from irgrow.passes.prune import PruneUnits
 from irgrow.passes.split import SplitUnit
 from irgrow.passes.split_offset import SplitUnits
 
@@ -29,7 +31,9 @@ __all__ = [
     "EmbedConv",
     "InsertNeuron",
     "InsertOnEdge",
+    "MergeUnits",
     "Pass",
+    "PruneUnits",
     "RemoveEdges",
     "Sequence",
     "SplitUnit",

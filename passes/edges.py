@@ -168,8 +168,8 @@ class RemoveEdges(Pass):
                         found[bundle.name] = (edge[here], weight[here])
         if missing.any():
             where = f" in bundle {self.bundle!r}" if self.bundle else ""
-            edge = self.edges[int(np.flatnonzero(missing)[0])]
-            raise Refused(f"RemoveEdges: edge {_text(edge)}", f"no such edge{where}", "an edge of this network")
+            first = self.edges[int(np.flatnonzero(missing)[0])]
+            raise Refused(f"RemoveEdges: edge {_text(first)}", f"no such edge{where}", "an edge of this network")
         return found
 
     def promise(self, network: Network) -> Promise:

@@ -18,7 +18,7 @@ from irgrow.ir.network import Bundle, Network, Unit
 from irgrow.ir.pattern import Local2d, Sparse, size
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.site import Site, slice_shape
-from irgrow.ir.units import UnitMap, close
+from irgrow.ir.units import UnitMap, close, fits
 from irgrow.passes.base import Pass, register
 from irgrow.passes.exactness import refuse_max_targets, refuse_norm_across_units
 
@@ -74,7 +74,7 @@ class SplitUnits(Pass):
         site = Site.of(network, self.units[0].group)
         refuse_norm_across_units(who, network, site)
         refuse_max_targets(who, network, site)
-        Edit(network).rewire({site.name: self._map(network)})  # raises Refused where ties contradict
+        fits(network, {site.name: self._map(network)})
         if self.offsets is not None:
             self._fits(who, network, site, self.offsets)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from irgrow.ir.edit import Edit
-from irgrow.ir.errors import CyclicNetwork, Refused, UnknownName, Unreachable
+from irgrow.ir.errors import CyclicNetwork, InvalidNetwork, Refused, UnknownName, Unreachable
 from irgrow.ir.lineage import Flat
 from irgrow.ir.network import Bundle, Network
 from irgrow.ir.pattern import Conv2d, Dense, Identity, Sparse, size
@@ -69,20 +69,20 @@ def add_edges(
     weight: Tensor,
     *,
     trainable: bool = True,
-    tags: Mapping[str, Ints] | None = None,
+    tags: Mapping[str, ArrayLike] | None = None,
     gathers: Sequence[Flat] = (),
 ) -> str:
     """The edges stand in the sparse bundle between the groups that has no ties and the same tags, or in a new one."""
-    tags = dict(tags or {})
+    labels = {name: np.asarray(tag) for name, tag in (tags or {}).items()}
     for bundle in edit.bundles.values():
         p = bundle.pattern
-        free = isinstance(p, Sparse) and p.weight_index is None and p.tags.keys() == tags.keys()
+        free = isinstance(p, Sparse) and p.weight_index is None and p.tags.keys() == labels.keys()
         if free and (bundle.source, bundle.target, bundle.trainable) == (source, target, trainable):
-            edit.add_edges(bundle.name, s, t, weight, tags=tags, gathers=gathers)
+            edit.add_edges(bundle.name, s, t, weight, tags=labels, gathers=gathers)
             return bundle.name
     name = edit.free_name(f"{source}_{target}")
     weight = weight.detach().to(edit.before.dtype)
-    edit.add_bundle(name, source, target, Sparse(s, t, tags=tags), weight, trainable=trainable, gathers=gathers)
+    edit.add_bundle(name, source, target, Sparse(s, t, tags=labels), weight, trainable=trainable, gathers=gathers)
     return name
 
 
@@ -112,7 +112,7 @@ def refuse_loops_of_norms(who: str, network: Network) -> None:
 
 
 def refuse_broken(who: str, edit: Edit) -> None:
-    """Raises Refused if the network in progress holds a cycle of neurons, or an output that no input reaches."""
+    """Raises Refused if the network in progress is not well formed: a cycle of neurons, an output out of reach, ..."""
     network = edit.finish()[0]
     refuse_loops_of_norms(who, network)
     try:
@@ -121,3 +121,5 @@ def refuse_broken(who: str, edit: Edit) -> None:
         raise Refused(who, error.found, "edges that close no cycle of neurons") from None
     except Unreachable as error:
         raise Refused(who, f"{error.found} of {error.who}", "every output within reach of an input") from None
+    except InvalidNetwork as error:
+        raise Refused(f"{who}: {error.who}", error.found, error.expected) from None

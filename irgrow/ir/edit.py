@@ -169,6 +169,49 @@ class Edit:
         self._gathers[name] = tuple(first.then(gather) for first in self._gathers[name])
         self._put(name, gather.take(old.detach()))
 
+    def absorb(self, name: str, units: UnitMap, targets: UnitMap | None) -> None:
+        """Unit i of a bundle's source also gets the outgoing weights that old unit `units.index[i]` had (-1: none).
+
+        For after a rewire: `targets` is the map of the bundle's target, None if it did not change. Edges of
+        a Sparse that unit i lacks are added. Raises Refused for shared sparse weights.
+        """
+        bundle, shapes = self.before.bundles[name], self.before.shapes(self.before.bundles[name])
+        pattern = bundle.pattern
+        if not isinstance(pattern, Sparse):
+            _, gather = _rewired(bundle, *shapes, units, targets)
+            self.add_gather(bundle.tensor, gather)
+            return
+        if pattern.weight_index is not None:
+            raise Refused(f"bundle {name!r}", "shared weights", "a weight of its own for every edge")
+        smap = units.neurons(size(shapes[0][1:]))
+        tmap = (targets or UnitMap(np.arange(shapes[1][0]))).neurons(size(shapes[1][1:]))
+        edge, t = _copies(pattern.target, tmap.index, size(shapes[1]))
+        again, s = _copies(pattern.source[edge], smap.index, size(shapes[0]))
+        edge, t = edge[again], t[again]
+        now = self.bundles[name].pattern
+        assert isinstance(now, Sparse)
+        columns = size(self.shapes(name)[0])
+        has = {key: n for n, key in enumerate((now.target.astype(np.int64) * columns + now.source).tolist())}
+        at = np.array([has.get(key, -1) for key in (t.astype(np.int64) * columns + s).tolist()], np.int64)
+        both = at >= 0
+        index = torch.full((now.weights,), -1, dtype=torch.long)
+        index[at[both]] = torch.from_numpy(edge[both].astype(np.int64))
+        self.add_gather(bundle.tensor, Flat(bundle.tensor, (pattern.weights,), (now.weights,), index))
+        new = torch.from_numpy(edge[~both].astype(np.int64))
+        if new.numel():
+            tags = {n: tag[edge[~both]] for n, tag in pattern.tags.items()}
+            gather = Flat(bundle.tensor, (pattern.weights,), (new.numel(),), new)
+            self.add_edges(name, s[~both], t[~both], bundle.weight.detach()[new], tags=tags, gathers=[gather])
+
+    def forget(self, name: str, rows: NDArray[np.integer]) -> None:
+        """The gradients of these entries along a tensor's first axis have no relation to old ones."""
+        shape = tuple(self.tensor(name).shape)
+        factor = torch.ones(shape[0], dtype=torch.float64)
+        factor[torch.from_numpy(np.asarray(rows, np.int64))] = torch.nan
+        none = (None,) * len(shape)
+        later = Axes(name, shape, shape, none, none, (factor, *none[1:]))
+        self._gathers[name] = tuple(first.then(later) for first in self._gathers[name])
+
     def flatten(self, name: str, *, share: bool = False) -> None:
         """The group is flat, one unit per neuron, with the same numbers; its per-unit tensors are repeated.
 
