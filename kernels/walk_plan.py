@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +96,9 @@ class WalkPlan:
             maxima=header[_MAXIMA],
             slopes=header[_SLOPES],
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WalkPlan.of_structure, (self.structure,)  # a copy has an address of its own
 
     def __repr__(self) -> str:
         return (
