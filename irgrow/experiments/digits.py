@@ -33,7 +33,7 @@ METHODS: dict[str, Callable[[int, int], Method]] = {
     "gradmax": lambda units, seed: GradMax(units, seed=seed),
     "random": lambda units, seed: Random(units, seed=seed),
 }
-SMOOTHING = 0.1
+SMOOTHING = 0.2
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Config:
     hidden: int = 4
     growths: int = 8
     units: int = 4
-    every: int = 2  # epochs between growths
+    every: int = 1  # epochs between growths
     epochs: int = 60
     batch_size: int = 64
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     weight_decay: float = 0.1
 
 
@@ -140,6 +140,7 @@ def main(arguments: argparse.Namespace) -> int:
         hidden=arguments.hidden,
         growths=arguments.growths,
         units=arguments.units,
+        every=arguments.every,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
