@@ -80,7 +80,7 @@ def check(state: Any, who: str) -> dict[str, Any]:
                 _scratch(saved["numpy"]["bit_generator"]).state = saved["numpy"]
             else:
                 raise ValueError("a generator of another kind than torch or numpy")
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise BadFile(who, f"a random state that does not fit ({error})", "one that irgrow saved") from None
     return dict(state)
 

@@ -277,6 +277,9 @@ class Reader:
         index = self._array(f"weight_index.{name}", torch.int32) if numbers["tied"] else None
         source, target = (self._array(f"{end}.{name}", torch.int32) for end in ("source", "target"))
         tags = {tag: self._array(f"tag.{name}.{tag}") for tag in numbers["tags"]}
+        if index is None and numbers["weights"] != source.size:
+            found = f"{numbers['weights']} weights for {source.size} edges"
+            raise BadFile(f"{self._who}: bundle {name!r}", found, "one for each edge where none are shared")
         return Sparse(source, target, index, numbers["weights"], tags)
 
     def _array(self, name: str, dtype: torch.dtype | None = None) -> np.ndarray:

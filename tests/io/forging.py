@@ -125,8 +125,9 @@ class Forged:
     def tensor(self, name: str) -> np.ndarray:
         """A tensor's bytes, as an array of its type."""
         begin, end = self.table[name]["data_offsets"]
-        kind = {"I64": "i8", "I32": "i4", "I8": "i1", "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2"}
-        return np.frombuffer(self.payload[begin:end], "<" + kind[self.table[name]["dtype"]])
+        dtype = self.table[name]["dtype"]
+        kind = "u2" if dtype == "BF16" else f"{dtype[0].lower()}{int(dtype[1:]) // 8}"
+        return np.frombuffer(self.payload[begin:end], "<" + kind)
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Other bytes for a tensor, as many as before."""
@@ -285,7 +286,7 @@ def _values(raw: bytes, original: Forged, draw: random.Random) -> bytes:
             array[at] = draw.choice((np.nan, np.inf, -np.inf))
         else:
             limits = np.iinfo(array.dtype)
-            array[at] = draw.choice((limits.max, limits.min, -1, array[0], draw.randrange(100)))
+            array[at] = draw.choice((limits.max, limits.min, max(limits.min, -1), array[0], draw.randrange(100)))
         forged.put(name, array)
     return forged.bytes()
 
