@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,11 +21,12 @@ def test_the_python_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     from irgrow.passes import base
 
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))  # the README registers a pass of its own
-    namespace: dict[str, object] = {"__name__": "readme"}
+    module = ModuleType("readme")  # a real module: dataclasses look theirs up
+    monkeypatch.setitem(sys.modules, "readme", module)
     code = blocks("python")
     assert len(code) >= 7
     for block in code:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, "README.md", "exec", dont_inherit=True), module.__dict__)
     printed = capsys.readouterr().out
     (shown,) = blocks("text")
     assert shown in printed
