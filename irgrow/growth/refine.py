@@ -24,8 +24,7 @@ from irgrow.passes.add_units import AddUnits
 from irgrow.runtime.model import CompiledNetwork
 
 DEAD = 1e-6  # a fan-in smaller than this (absolute) only says which way to go
-HALVINGS = 12  # of the amplitude, before the search narrows down
-GOLDEN = (math.sqrt(5) - 1) / 2
+SMALLEST = 1e-6  # amplitude that is tried
 
 
 def refine(
@@ -39,14 +38,14 @@ def refine(
     delta: str = "separate",
     lookahead: float = 0.1,
     limit: float = 16.0,
-    rounds: int = 4,
+    rounds: int = 3,
 ) -> Proposal:
     """The proposal with the better sign of each pair, the best amplitude and its measured gain; the model stays.
 
     `batch`: `(inputs, targets)`, best one that the statistics have not seen.
 
-    signs       each pair (alpha, omega) or (-alpha, -omega), whichever lowers the loss more
-    amplitude   gamma in [0, `limit`] by line search, sqrt(gamma) on both sides (TINY); `rounds` of golden section
+    signs       each pair (alpha, omega) or (-alpha, -omega), whichever lowers the loss more to first order
+    amplitude   gamma in [0, `limit`] by line search, sqrt(gamma) on both sides (TINY), narrowed down `rounds` times
     delta       dW* `separate`: a line search of its own, after the units'; `joint`: the units' gamma; `keep`: as it is
     lookahead   the learning rate of the one gradient step by which silent units are judged
 
@@ -83,16 +82,18 @@ class Trial:
             raise BadData("refine: batch", "no samples", "at least one")
         self._criterion = loss
         self._base = {name: tensor.clone() for name, tensor in after.tensors().items()}
+        full = self._difference(network, proposal.scaled(1.0, 1.0, 0.0))
         number = torch.arange(1, self.units + 1, dtype=torch.float64)
-        numbered = _filled(zero, number)
-        self._parts = {
-            "in": self._difference(network, replace(proposal.scaled(1.0, 0.0, 0.0))),
-            "out": self._difference(network, proposal.scaled(0.0, 1.0, 0.0)),
-            "delta": self._difference(network, proposal.scaled(0.0, 0.0, 1.0)) if proposal.delta else {},
-        }
+        place = {n: d.round().long() for n, d in self._difference(network, _filled(zero, number)).items()}
+        leaving = {f"weight.{name}" for name in proposal.fan_out}
         self.where = {
-            "in": {n: d.round().long() for n, d in self._difference(network, numbered.scaled(1.0, 0.0)).items()},
-            "out": {n: d.round().long() for n, d in self._difference(network, numbered.scaled(0.0, 1.0)).items()},
+            "in": {n: d for n, d in place.items() if n not in leaving},
+            "out": {n: d for n, d in place.items() if n in leaving},
+        }
+        self._parts = {
+            "in": {n: d for n, d in full.items() if n not in leaving},
+            "out": {n: d for n, d in full.items() if n in leaving},
+            "delta": self._difference(network, proposal.scaled(0.0, 0.0, 1.0)) if proposal.delta else {},
         }
         self.ones = torch.ones(self.units, dtype=network.dtype, device=device)
         self.before = self.loss(self.ones, 0 * self.ones, 0.0)
@@ -142,12 +143,23 @@ class Trial:
             found = torch.autograd.grad(value, [held[n] for n in names], allow_unused=True)
         return {n: g * (self._unit(n) > 0) for n, g in zip(names, found, strict=True) if g is not None}
 
-    def per_unit(self, gradients: dict[str, Tensor]) -> Tensor:
-        """The squared norm of the gradient of each unit's weights `[units]`."""
+    def per_unit(self, values: dict[str, Tensor]) -> Tensor:
+        """The sum of values over the weights of each unit `[units]`."""
         total = self.ones.new_zeros(self.units + 1)
-        for name, gradient in gradients.items():
-            total.index_add_(0, self._unit(name).reshape(-1), gradient.reshape(-1).square())
+        for name, value in values.items():
+            total.index_add_(0, self._unit(name).reshape(-1), value.reshape(-1))
         return total[1:]
+
+    def squared(self, sign: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The squared gradient of each unit's weights `[units]` with these signs, and the gradients."""
+        gradients = self.gradients(sign, sign)
+        return self.per_unit({n: g.square() for n, g in gradients.items()}), gradients
+
+    def gain(self, sign: Tensor) -> Tensor:
+        """The first-order gain of each unit's fan-out with these signs `[units]`, exact for any activation."""
+        gradients = self.gradients(sign, 0 * sign)
+        out = {n: -g * self._parts["out"][n] for n, g in gradients.items() if n in self._parts["out"]}
+        return sign * self.per_unit(out)
 
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor], rate: float) -> float:
@@ -179,13 +191,13 @@ def _refined_silent(trial: Trial, signs: bool, lookahead: float) -> Proposal:
     A step of fixed size can overshoot on the better side, and then picks the worse one.
     """
     sign = trial.ones
-    gradients = trial.gradients(sign, sign)
+    squared, gradients = trial.squared(sign)
     if signs and bool(trial.proposal.omega.any()):
-        turned = trial.gradients(-sign, -sign)
-        sign = torch.where(trial.per_unit(turned) > trial.per_unit(gradients), -sign, sign)
-        gradients = trial.gradients(sign, sign)
+        turned, _ = trial.squared(-sign)
+        sign = torch.where(turned > squared, -sign, sign)
+        squared, gradients = trial.squared(sign)
     rate, notes = lookahead, trial.proposal.notes
-    expected = float(trial.per_unit(gradients).sum())
+    expected = float(squared.sum())
     after = trial.step(gradients, rate)
     while expected > 0 and not trial.before - after > 0.1 * rate * expected and rate > 1e-6 * lookahead:
         rate /= 2
@@ -204,78 +216,59 @@ def _refined_silent(trial: Trial, signs: bool, lookahead: float) -> Proposal:
 def _refined(trial: Trial, signs: bool, amplitude: bool, delta: str, limit: float, rounds: int) -> Proposal:
     p = trial.proposal
     alone = 0.0 if delta == "separate" and p.delta else 1.0
-    sign, gamma, notes = trial.ones.clone(), 1.0, []
+    sign, gamma, notes = trial.ones, 1.0, []
+    if signs:
+        sign = torch.where(trial.gain(-sign) > trial.gain(sign), -sign, sign)
 
-    def at(sign: Tensor, gamma: float) -> float:
-        root = math.sqrt(gamma)
-        return trial.loss(sign * root, sign * root, alone * gamma if delta == "joint" else alone)
+    def at(gamma: float) -> float:
+        root = sign * math.sqrt(gamma)
+        return trial.loss(root, root, gamma if delta == "joint" else alone)
 
-    after = at(sign, gamma)
-    for _ in range(2 if signs and amplitude else 1):
-        if amplitude:
-            gamma, after = _line_search(lambda g: at(sign, g), limit, rounds)
-        if not signs:
-            break
-        flipped, after = _flip(trial.units, sign, after, lambda s: at(s, gamma))
-        if torch.equal(flipped, sign):
-            break
-        sign = flipped
+    gamma, after = line_search(at, limit, rounds) if amplitude else (gamma, at(gamma))
     moved = gamma if delta == "joint" else 1.0
     if delta == "separate" and p.delta:
         root = sign * math.sqrt(gamma)
-        if amplitude:
-            moved, after = _line_search(lambda d: trial.loss(root, root, d), limit, rounds)
-        else:
-            after = trial.loss(root, root, moved)
+
+        def beside(factor: float) -> float:
+            return trial.loss(root, root, factor)
+
+        moved, after = line_search(beside, limit, rounds) if amplitude else (moved, beside(moved))
     measured = trial.before - after
     if not measured > 0:
         notes.append("no amplitude that was tried lowers the loss")
     found = _signed(p, sign).scaled(math.sqrt(gamma), math.sqrt(gamma), moved)
-    gain = None
-    if p.predicted_gain is not None and moved == gamma:
-        gain = p.predicted_gain * gamma
-    elif p.predicted_gain is not None and not p.delta:
-        gain = p.predicted_gain * gamma
+    gain = p.predicted_gain
+    if gain is not None:  # known at one amplitude for both
+        gain = gain * gamma if not p.delta or moved == gamma else None
     return replace(found, predicted_gain=gain, measured_gain=measured, notes=(*p.notes, *notes))
 
 
-def _flip(units: int, sign: Tensor, best: float, evaluate: Callable[[Tensor], float]) -> tuple[Tensor, float]:
-    """The signs after trying to turn each unit once, keeping what lowers the loss."""
-    for unit in range(units):
-        other = sign.clone()
-        other[unit] = -other[unit]
-        value = evaluate(other)
-        if value < best:
-            sign, best = other, value
-    return sign, best
+def line_search(evaluate: Callable[[float], float], limit: float, rounds: int) -> tuple[float, float]:
+    """(x, f(x)) with a small f on (0, limit]: by factors of 4 from 1 while f falls, then halving the interval.
 
+    The halving is in log x: x times and over 2, sqrt(2), ... `rounds` times. 0 is never returned: a unit with
+    all weights zero would never move.
+    """
+    tried: dict[float, float] = {}
 
-def _line_search(evaluate: Callable[[float], float], limit: float, rounds: int) -> tuple[float, float]:
-    """(x, f(x)) with a small f on (0, limit]: halving until f stops falling, then golden section around the best."""
-    tried = {limit: evaluate(limit)}
-    x = limit
-    for _ in range(HALVINGS):
-        x /= 2
-        tried[x] = evaluate(x)
-        best = min(tried, key=lambda t: _or_inf(tried[t]))
-        if best > 4 * x:
+    def f(x: float) -> float:
+        if x not in tried:
+            value = evaluate(x)
+            tried[x] = value if math.isfinite(value) else math.inf
+        return tried[x]
+
+    best = min(1.0, limit)
+    for factor in (4.0, 0.25):
+        start = best
+        while (x := min(best * factor, limit)) not in tried and f(x) < f(best) and x > SMALLEST:
+            best = x
+        if best != start:
             break
-    low, high = best / 2, min(best * 2, limit)
+    factor = 2.0
     for _ in range(rounds):
-        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-        for point in (left, right):
-            if point not in tried:
-                tried[point] = evaluate(point)
-        if _or_inf(tried[left]) < _or_inf(tried[right]):
-            high = right
-        else:
-            low = left
-    best = min(tried, key=lambda t: _or_inf(tried[t]))
-    return best, tried[best]
-
-
-def _or_inf(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
+        best = min((best, min(best * factor, limit), best / factor), key=f)
+        factor = math.sqrt(factor)
+    return best, f(best)
 
 
 def _signed(proposal: Proposal, sign: Tensor) -> Proposal:
