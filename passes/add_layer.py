@@ -38,7 +38,7 @@ class AddLayer(Pass):
     activation: str | None = None
     kernel: int = 3
     bias: bool = True
-    source: ClassVar[str] = "Net2Net, arXiv:1511.05641, section 2.3"
+    reference: ClassVar[str] = "Net2Net, arXiv:1511.05641, section 2.3"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[AddLayer]:

@@ -39,7 +39,7 @@ class Pass(ABC):
     its fields and measured data arrives as a `Proposal`.
     """
 
-    source: ClassVar[str] = ""  # paper and equation
+    reference: ClassVar[str] = ""  # paper and equation
     reads_weights: ClassVar[bool] = False  # True: what it writes depends on weights, beyond copying them
 
     @classmethod

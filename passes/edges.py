@@ -40,7 +40,7 @@ class AddEdges(Pass):
 
     edges: Pairs
     weights: tuple[float, ...] | None = None
-    source: ClassVar[str] = "NeST, arXiv:1711.02017, section 3.2"
+    reference: ClassVar[str] = "NeST, arXiv:1711.02017, section 3.2"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[AddEdges]:

@@ -54,7 +54,7 @@ class EmbedConv(Pass):
     groups: tuple[str, ...] = ()
     flatten: bool = True
     share_state: bool = False
-    source: ClassVar[str] = "d'Ascoli et al. 2019, section 3"
+    reference: ClassVar[str] = "d'Ascoli et al. 2019, section 3"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[EmbedConv]:

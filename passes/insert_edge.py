@@ -47,7 +47,7 @@ class InsertOnEdge(Pass):
     weight: float = 1.0
     group: str | None = None
     bundle: str | None = None
-    source: ClassVar[str] = "NEAT, Stanley & Miikkulainen 2002, section 3.1"
+    reference: ClassVar[str] = "NEAT, Stanley & Miikkulainen 2002, section 3.1"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[InsertOnEdge]:

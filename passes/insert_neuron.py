@@ -48,7 +48,7 @@ class InsertNeuron(Pass):
     after: int | None = None
     others: tuple[int, ...] | None = None
     weights: tuple[float, ...] | None = None
-    source: ClassVar[str] = "Caillon & Cerisara 2021, Algorithm 1"
+    reference: ClassVar[str] = "Caillon & Cerisara 2021, Algorithm 1"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[InsertNeuron]:

@@ -16,7 +16,7 @@ from irgrow.ir.morphism import Changes, Promise, SameFunction
 from irgrow.ir.network import Bundle, Network, Unit
 from irgrow.ir.pattern import Conv2d, Sparse, size
 from irgrow.ir.site import Site
-from irgrow.ir.units import UnitMap, close
+from irgrow.ir.units import UnitMap, close, fits
 from irgrow.passes.base import Pass, register
 from irgrow.passes.exactness import refuse_max_targets, refuse_norm_across_units
 from irgrow.passes.wiring import Ints, refuse_broken
@@ -44,7 +44,7 @@ class MergeUnits(Pass):
 
     pairs: Twins
     approximate: bool = False
-    source: ClassVar[str] = "inverse of Net2Net, arXiv:1511.05641, section 2.2"
+    reference: ClassVar[str] = "inverse of Net2Net, arXiv:1511.05641, section 2.2"
     reads_weights: ClassVar[bool] = True  # whether units are twins depends on their weights
 
     @classmethod
@@ -67,7 +67,8 @@ class MergeUnits(Pass):
             raise Refused(who, f"units of {len(groups)} groups", "units of one group")
         if len(set(everyone)) != len(everyone):
             raise Refused(who, "one unit twice", "each unit once")
-        site = Site.of(network, everyone[0].group)
+        name = everyone[0].group
+        site = Site.around(network, name, fits(network, {name: self._kept(network)}))
         refuse_norm_across_units(who, network, site)
         refuse_max_targets(who, network, site)
         different = self._difference(network)

@@ -226,11 +226,11 @@ def _duplicates(network: Network, b: Bundle, inside: Mapping[tuple[str, ...], Ro
 def _norms(network: Network) -> None:
     for names, cyclic in network.components:
         for name in names:
-            if cyclic and network.groups[name].norm is not None:
+            group = network.groups[name]
+            if cyclic and (group.norm is not None or group.dropout):
+                what = "dropout" if group.norm is None else "a normalisation"
                 raise BadProperty(
-                    f"group {name!r}",
-                    "a normalisation in a part of the group graph that holds a loop",
-                    "none there",
+                    f"group {name!r}", f"{what} in a part of the group graph that holds a loop", "none there"
                 )
 
 

@@ -163,7 +163,7 @@ class _Recipe:
             "activation": c.pick(self.activations),
             "aggregation": "max" if self.maxima and c.integer(0, 4) == 4 else "sum",
             "bias": c.integer(0, 2) > 0,
-            "dropout": 0.25 if self.dropout and c.integer(0, 5) == 5 else 0.0,
+            "dropout": 0.25 if self.dropout and not looped and c.integer(0, 5) == 5 else 0.0,
         }
         if self.norms and not looped and c.integer(0, 2) == 2:
             properties["norm"] = self._norm(c.pick(self.norms), shape[0])
