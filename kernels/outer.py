@@ -206,28 +206,36 @@ class OuterSums:
 def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0) -> None:
     """`out` has grown by scale * left right^T: every row of left [p, n] times every row of right [q, n].
 
-    out [p, q] float64. Products are formed in full precision of left and right, whatever the user allows matrix
-    products elsewhere (no bfloat16, no tf32). float32 on a CPU goes through oneDNN, which has kernels for what the
-    processor can do; MKL's are up to 2.2 times slower on some (AMD with AVX-512). Small float32 products are summed
-    in pieces: MKL adds them up in one go, and loses 2e-6 over 4,000 samples.
+    out [p, q] float64; products as in `row_products`. Small float32 ones are summed in pieces: MKL adds them up in
+    one go, and loses 2e-6 over 4,000 samples.
     """
     (p, n), q = left.shape, len(right)
+    pieces = n // _PIECE
+    if left.dtype == torch.float32 and pieces > 1 and p * q < _SMALL and p * q * n < _WORTH_PREPARING:
+        whole = pieces * _PIECE
+        a = left[:, :whole].unflatten(1, (pieces, _PIECE)).transpose(0, 1)
+        b = right[:, :whole].unflatten(1, (pieces, _PIECE)).permute(1, 2, 0)
+        with _full_precision(left.device.type):
+            out.add_(torch.bmm(a, b).sum(0, dtype=torch.float64), alpha=scale)
+        left, right = left[:, whole:], right[:, whole:]
+    if left.shape[1]:
+        out.add_(row_products(left, right), alpha=scale)
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T in the dtype of both: left [p, n], right [q, n] -> [p, q].
+
+    In full precision, whatever the user allows matrix products elsewhere (no bfloat16, no tf32). float32 on a CPU
+    goes through oneDNN, which has kernels for what the processor can do; MKL's are up to 2.2 times slower on some
+    (AMD with AVX-512).
+    """
     with _full_precision(left.device.type):
-        if left.dtype == torch.float32 and left.device.type == "cpu":
-            if _ONEDNN is not None and p * q * n >= _WORTH_PREPARING:
-                # Only operands without gaps: for others oneDNN falls back to a loop a thousand times slower.
-                right = right if right.T.is_contiguous() else right.contiguous()
-                out.add_(_ONEDNN(left.contiguous(), right, None, "none", [], ""), alpha=scale)
-                return
-            pieces = n // _PIECE
-            if pieces > 1 and p * q < _SMALL:
-                whole = pieces * _PIECE
-                a = left[:, :whole].unflatten(1, (pieces, _PIECE)).transpose(0, 1)
-                b = right[:, :whole].unflatten(1, (pieces, _PIECE)).permute(1, 2, 0)
-                out.add_(torch.bmm(a, b).sum(0, dtype=torch.float64), alpha=scale)
-                left, right = left[:, whole:], right[:, whole:]
-        if left.shape[1]:
-            out.add_(left @ right.T, alpha=scale)
+        size = left.shape[0] * left.shape[1] * len(right)
+        if _ONEDNN is None or left.device.type != "cpu" or left.dtype != torch.float32 or size < _WORTH_PREPARING:
+            return left @ right.T
+        # Only operands without gaps: for others oneDNN falls back to a loop a thousand times slower.
+        right = right if right.T.is_contiguous() else right.contiguous()
+        return _ONEDNN(left.contiguous(), right, None, "none", [], "")
 
 
 def accumulate_cost(n: int, p: int, q: int, *, itemsize: int = 4) -> tuple[int, int]:
