@@ -153,8 +153,8 @@ def _forward(
     """(values [neurons, B], the buffer of all value rows they are a view of, the slopes to store if `keep`)."""
     batch = inputs.shape[1]
     pitch = _pitch(batch, inputs)
-    inputs, weights = _by_rows(inputs), weights.contiguous()
-    biases = None if biases is None else biases.contiguous()
+    inputs, weights = _by_rows(inputs), weights.resolve_neg().contiguous()
+    biases = None if biases is None else biases.resolve_neg().contiguous()
     offset = None if offset is None else _by_rows(offset)
     buffer = inputs.new_empty((plan.rows, pitch))
     slopes = inputs.new_empty((plan.slopes, pitch)) if keep and plan.slopes else None
@@ -193,7 +193,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of inputs, weights, biases and offset, those that are needed."""
     batch, pitch, size = incoming.shape[1], buffer.shape[1], buffer.element_size()
-    incoming, weights = _by_rows(incoming), weights.contiguous()
+    incoming, weights = _by_rows(incoming), weights.resolve_neg().contiguous()
     every_row = needs[0] or needs[1]
     hidden = 0 if every_row else plan.inputs  # input rows that need not be swept have no memory
     gradient = buffer.new_empty((plan.rows - hidden, pitch))
@@ -261,9 +261,8 @@ def _pitch(batch: int, like: Tensor) -> int:
 
 def _by_rows(x: Tensor) -> Tensor:
     """x with its batch contiguous; rows may lie apart."""
-    if x.shape[1] == 1 or (x.stride(1) == 1 and not x.is_neg()):
-        return x
-    return x.resolve_neg().contiguous()
+    x = x.resolve_neg()
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def _slices(plan: WalkPlan, pitch: int, like: Tensor) -> list[tuple[int, int]]:
@@ -349,7 +348,7 @@ class _Walk(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         *operands, buffer, slopes = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
             return None, *_reference_gradients(ctx.plan, incoming, tuple(operands), needs)
         return None, *_backward(ctx.plan, incoming, buffer, slopes, operands[1], operands[2], needs)
 

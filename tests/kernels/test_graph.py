@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from irgrow.kernels import graph
 
 Edges = tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]
