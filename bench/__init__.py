@@ -1,0 +1,1 @@
+"""The benchmarks: one suite, run from a checkout. See suite.py; `make bench`, `irgrow bench --help`."""
