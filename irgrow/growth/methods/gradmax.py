@@ -15,9 +15,9 @@ from irgrow.growth.methods.base import (
     require_first_order,
     require_units,
 )
-from irgrow.growth.methods.singular import top_singular
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.statistics import Statistics
+from irgrow.kernels.topk import top_singular
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class GradMax:
         statistics.need("M_prev")
         assert statistics.M_prev is not None
         gradient = statistics.slope * statistics.M_prev.mT  # [g, b]
-        vectors, values, _ = top_singular(gradient, min(self.units, *gradient.shape))
+        top = top_singular(gradient, min(self.units, *gradient.shape))
+        vectors, values = top.U, top.s
         rank = int((values > self.threshold * values[:1]).sum())
         omega, notes = vectors[:, :rank], list[str]()
         if rank < self.units:

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from irgrow.growth.methods.base import (
-    fold_move,
     proposal,
     require_choice,
     require_first_order,
     require_units,
 )
-from irgrow.growth.methods.singular import top_singular
 from irgrow.ir.errors import Refused
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.statistics import Statistics
+from irgrow.kernels.topk import top_singular
 from irgrow.kernels.whiten import Whitening, pseudo_solve, whiten
 
 
@@ -98,7 +97,8 @@ class Tiny:
         P = desired if root is None else root.apply_inverse(desired)
         fisher = self._fisher(statistics) if self.fisher else []
         P = _on_outputs(P, statistics, fisher)
-        U, values, V = top_singular(P, min(self.units, *P.shape))
+        top = top_singular(P, min(self.units, *P.shape))
+        U, values, V = top.U, top.s, top.V
         rank = int((values > self.threshold * values[:1]).sum())
         U, values, V = U[:, :rank], values[:rank], V[:, :rank]
         if rank < self.units:
@@ -192,6 +192,3 @@ def _on_outputs(P: Tensor, statistics: Statistics, fisher: list[Whitening], back
             part.reshape(part.shape[0], -1, block.taps).transpose(0, 1).reshape(-1, part.shape[0] * block.taps)
         )
     return torch.cat(parts, 1)
-
-
-__all__ = ["Tiny", "fold_move"]
