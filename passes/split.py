@@ -36,7 +36,7 @@ class SplitUnit(Pass):
 
     unit: Unit
     share: float = 0.5
-    source: ClassVar[str] = "Net2Net, arXiv:1511.05641, section 2.2"
+    reference: ClassVar[str] = "Net2Net, arXiv:1511.05641, section 2.2"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[SplitUnit]:
@@ -46,17 +46,17 @@ class SplitUnit(Pass):
                 try:
                     candidate.requires(network)
                 except Refused:
-                    break  # what refuses one unit of a site refuses all
+                    continue  # ranges of a concatenation differ
                 yield candidate
 
     def requires(self, network: Network) -> None:
         network.index(self.unit)
         if not np.isfinite(self.share):
             raise Refused(f"SplitUnit: unit {self.unit}", f"share {self.share}", "a finite number")
-        site = Site.of(network, self.unit.group)
+        maps = fits(network, {self.unit.group: self._map(network)})
+        site = Site.around(network, self.unit.group, maps)
         refuse_norm_across_units(f"SplitUnit: unit {self.unit}", network, site)
         refuse_max_targets(f"SplitUnit: unit {self.unit}", network, site)
-        fits(network, {self.unit.group: self._map(network)})
 
     def rewrite(self, edit: Edit) -> None:
         edit.rewire({self.unit.group: self._map(edit.before)})

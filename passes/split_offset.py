@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,7 +47,7 @@ class SplitUnits(Pass):
 
     units: tuple[Unit, ...]
     offsets: Proposal | None = None
-    source: ClassVar[str] = "Firefly, arXiv:2102.08574, equation 3"
+    reference: ClassVar[str] = "Firefly, arXiv:2102.08574, equation 3"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[SplitUnits]:
@@ -71,21 +71,21 @@ class SplitUnits(Pass):
         at = [network.index(unit) for unit in self.units]
         if at != sorted(set(at)):
             raise Refused(who, f"units stored at {at}", "different units in the order they are stored")
-        site = Site.of(network, self.units[0].group)
+        name = self.units[0].group
+        maps = fits(network, {name: self._map(network)})
+        site = Site.around(network, name, maps)
         refuse_norm_across_units(who, network, site)
         refuse_max_targets(who, network, site)
-        fits(network, {site.name: self._map(network)})
         if self.offsets is not None:
-            self._fits(who, network, site, self.offsets)
+            self._fits(who, network, site, maps, self.offsets)
 
-    def _fits(self, who: str, network: Network, site: Site, offsets: Proposal) -> None:
+    def _fits(self, who: str, network: Network, site: Site, maps: Mapping[str, UnitMap], offsets: Proposal) -> None:
         if offsets.structure != network.structure:
             raise StaleMorphism(
                 who, "offsets for another structure", "ones made for this network", do="make them again"
             )
         if offsets.fan_out or offsets.delta:
             raise Refused(who, "offsets with a fan-out or delta", "a fan-in only: what leaves the units is halved")
-        maps = close(network, {site.name: self._map(network)})
         for name, offset in offsets.fan_in.items():
             if name not in site.entering:
                 raise Refused(f"{who}: offsets", f"bundle {name!r}", f"one of {', '.join(site.entering)}")
@@ -130,7 +130,7 @@ class SplitUnits(Pass):
                 )
             edit.write(bundle.tensor, weight)
         if offsets.bias is not None:
-            for name in _biased(network, Site.of(network, site)):
+            for name in _biased(network, Site.around(network, site, maps)):
                 bias, split = edit.tensor(f"bias.{name}"), torch.from_numpy(_split(maps[name]))
                 whole = torch.zeros_like(network.tensors()[f"bias.{name}"]).index_copy(0, split, offsets.bias.to(bias))
                 edit.write(
@@ -210,6 +210,7 @@ def _drawn(network: Network, site: Site, units: tuple[Unit, ...]) -> Proposal | 
     draw = torch.Generator().manual_seed(0)
     try:
         maps = close(network, {site.name: SplitUnits(units)._map(network)})
+        site = Site.around(network, site.name, maps)
     except Refused:
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,15 @@ class Site:
             hidden = [g for g in network.groups if network.is_hidden(g)]
             raise UnknownName(f"site {name!r}", expected=f"one of {', '.join(hidden)}")
         tied = close(network, {name: UnitMap(np.r_[np.arange(network.groups[name].units), -1])}, checked=False)
+        return Site.around(network, name, tied)
+
+    @staticmethod
+    def around(network: Network, name: str, tied: Mapping[str, object]) -> Site:
+        """The site of exactly the groups `tied`, for a change of some units of `name` (see `units.fits`).
+
+        It differs from `Site.of` where the units lie in another range of a concatenation than new ones would.
+        Refused if it holds an input or output, or nothing enters or leaves it.
+        """
         groups = tuple(g for g in network.groups if g in tied)
         fixed = [g for g in groups if not network.is_hidden(g)]
         if fixed:
@@ -76,7 +86,7 @@ class Site:
         return found
 
 
-def _ties(bundle: Bundle, tied: dict[str, UnitMap]) -> bool:
+def _ties(bundle: Bundle, tied: Mapping[str, object]) -> bool:
     """Whether a bundle only connects units of the site that grow together."""
     if not (bundle.source in tied and bundle.target in tied and bundle.pattern.couples):
         return False
