@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ Data = Batch | Iterable[Batch]
 Loss = Callable[[Any, Tensor], Tensor]
 
 
-def is_pair(data: object) -> bool:
+def is_pair(data: object) -> TypeGuard[Batch]:
     """Whether this is `(inputs, targets)` rather than an iterable of such batches."""
     if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
         return False

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +129,7 @@ def fit(
     bar = _bar(epochs, run.steps_per_epoch, progress)
     try:
         for epoch in range(1, epochs + 1):
-            run.train(epoch, bar, last=epoch == epochs)
+            run.train(epoch, bar)
             if scheduler is not None:
                 args = (run.history.train_loss[-1],) if isinstance(scheduler, ReduceLROnPlateau) else ()
                 scheduler.step(*args)
@@ -164,13 +164,13 @@ class _Run:
         self.device = next(iter(model.tensors().values())).device
         self.steps_per_epoch: int | None = None
         if is_pair(data):
-            self.steps_per_epoch = max(1, math.ceil(len(data[1]) / batch_size))  # type: ignore[index]
-        elif hasattr(data, "__len__"):
+            self.steps_per_epoch = max(1, math.ceil(len(data[1]) / batch_size))
+        elif isinstance(data, Sized):
             self.steps_per_epoch = len(data)
 
     # ---- training -----------------------------------------------------------------------------------------
 
-    def train(self, epoch: int, bar: Any, last: bool) -> None:
+    def train(self, epoch: int, bar: Any) -> None:
         """One epoch, then its event."""
         per_step = self.growth is not None and bool(getattr(self.growth.when, "per_step", False))
         total: Tensor | float = 0.0
@@ -178,6 +178,9 @@ class _Run:
         self.model.train()
         begun, elsewhere = time.perf_counter(), self.history.seconds_growing
         for inputs, targets in self._shuffled():
+            if per_step and count:  # what is due after the last step waits for the epoch's event
+                self.maybe_grow(epoch_ended=False)
+                self.model.train()
             self.optimizer.zero_grad()
             value = self.loss(self.model(*inputs), targets)
             value.backward()
@@ -187,9 +190,6 @@ class _Run:
             count += size
             self.step += 1
             bar.update(1 if self.steps_per_epoch else 0)
-            if per_step and not (last and self.steps_per_epoch and self.step == epoch * self.steps_per_epoch):
-                self.maybe_grow(epoch_ended=False)
-                self.model.train()
         mean = float(total) / count if count else math.nan
         growing = self.history.seconds_growing - elsewhere
         self.history.seconds_training += time.perf_counter() - begun - growing
@@ -204,7 +204,7 @@ class _Run:
             for inputs, targets in batches(self.data, None, "fit"):
                 yield tuple(x.to(self.device) for x in inputs), targets.to(self.device)
             return
-        inputs, targets = as_inputs(self.data[0], "fit"), self.data[1]  # type: ignore[index]
+        inputs, targets = as_inputs(self.data[0], "fit"), self.data[1]
         order = torch.randperm(len(targets), generator=self.draw)
         for first in range(0, len(order), self.batch_size):
             index = order[first : first + self.batch_size].to(targets.device)
@@ -319,12 +319,13 @@ class _Run:
         """Data for the statistics, and a batch that they do not see."""
         assert self.growth is not None
         if is_pair(self.data):
-            inputs, targets = as_inputs(self.data[0], "fit"), self.data[1]  # type: ignore[index]
+            inputs, targets = as_inputs(self.data[0], "fit"), self.data[1]
             order = torch.randperm(len(targets), generator=self.draw).to(targets.device)
             held = min(self.growth.batch, len(targets) // 4) if self.growth.refine else 0
             seen = take(inputs, targets, order[held : held + self.growth.samples])
             return seen, take(inputs, targets, order[:held]) if held else None
-        read, count, first = [], 0, None
+        read: list[Batch] = []
+        count, first = 0, None
         for batch in batches(self.data, None, "fit"):
             if first is None and self.growth.refine:
                 first = batch
@@ -333,7 +334,7 @@ class _Run:
             count += len(batch[1])
             if count >= self.growth.samples:
                 break
-        return (read or [first]), first  # type: ignore[list-item, return-value]
+        return read or ([] if first is None else [first]), first
 
     def _note(self, text: str, begun: float) -> None:
         self.history.notes.append(f"epoch {self.epoch}: no growth: {text}")
@@ -389,4 +390,3 @@ def _show(bar: Any, event: Event, by_epoch: bool) -> None:
         found["accuracy"] = f"{event['test_accuracy']:.4f}"
     found["widths"] = "-".join(str(n) for n in event["widths"].values())
     bar.set_postfix(found, refresh=False)
-

@@ -258,9 +258,11 @@ def line_search(evaluate: Callable[[float], float], limit: float, rounds: int) -
         return tried[x]
 
     best = min(1.0, limit)
-    for factor in (4.0, 0.25):
+    for factor in (4.0, 0.25) if math.isfinite(f(best)) else (0.25,):
         start = best
-        while (x := min(best * factor, limit)) not in tried and f(x) < f(best) and x > SMALLEST:
+        while (
+            (x := min(best * factor, limit)) not in tried and x > SMALLEST and (f(x) < f(best) or f(best) == math.inf)
+        ):
             best = x
         if best != start:
             break
@@ -294,4 +296,3 @@ def _compiled(network: Network, model: CompiledNetwork) -> CompiledNetwork:
 class _Options:
     def __init__(self, delta: str) -> None:
         self.delta = delta
-

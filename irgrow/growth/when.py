@@ -37,7 +37,7 @@ class Moment:
 
 
 class When(Protocol):
-    """Says whether growing is due. `per_step = True` (optional) asks for a call after every step as well."""
+    """Says whether growing is due. `per_step = True` (optional) asks for a call after every step."""
 
     def due(self, moment: Moment) -> bool: ...
 
@@ -64,7 +64,7 @@ class Every:
         if self.times is not None and moment.growths >= self.times:
             return False
         if self.steps is not None:
-            return moment.step > 0 and moment.step % self.steps == 0 and not moment.epoch_ended
+            return moment.step > 0 and moment.step % self.steps == 0
         assert self.epochs is not None
         return moment.epoch_ended and moment.epoch % self.epochs == 0
 
