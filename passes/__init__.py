@@ -6,17 +6,20 @@ if __name__ != "irgrow.passes":
         "(a second copy would hold a second registry)"
     )
 
+from irgrow.passes.add_block import AddGroup, AddResidual, AddSkip
 from irgrow.passes.add_layer import AddLayer
 from irgrow.passes.add_units import AddUnits
 from irgrow.passes.base import Pass, Sequence, register, registered
 from irgrow.passes.edges import AddEdges, RemoveEdges
 from irgrow.passes.embed import EmbedConv
+from irgrow.passes.freeze import Freeze, Unfreeze
 from irgrow.passes.insert_edge import InsertOnEdge
 from irgrow.passes.insert_neuron import InsertNeuron
 from irgrow.passes.merge import MergeUnits
 from irgrow.passes.prune import PruneUnits
 from irgrow.passes.split import SplitUnit
 from irgrow.passes.split_offset import SplitUnits
+from irgrow.passes.widen import WidenUnits
 
 
 def list() -> dict[str, type[Pass]]:
@@ -26,9 +29,13 @@ def list() -> dict[str, type[Pass]]:
 
 __all__ = [
     "AddEdges",
+    "AddGroup",
     "AddLayer",
+    "AddResidual",
+    "AddSkip",
     "AddUnits",
     "EmbedConv",
+    "Freeze",
     "InsertNeuron",
     "InsertOnEdge",
     "MergeUnits",
@@ -38,6 +45,8 @@ __all__ = [
     "Sequence",
     "SplitUnit",
     "SplitUnits",
+    "Unfreeze",
+    "WidenUnits",
     "list",
     "register",
 ]

@@ -59,15 +59,19 @@ class Morphism:
     made_by: tuple[Any, ...] = ()  # the passes, in order
 
     def tensors(self, current: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-        """The new tensors for the *current* old ones: gather(current) + scale * (after - gather(before))."""
+        """The new tensors for the *current* old ones: gather(current) + scale * (after - gather(before)).
+
+        `scale` multiplies what is trained; fixed weights and running statistics are no amplitude.
+        """
         old, found = self.before.tensors(), {}
+        trained = set(self.after.trainable()) if scale != 1.0 else set()
         for name, after in self.after.tensors().items():
             if self.lineage.unchanged(name) and after is old.get(name):
                 found[name] = current[name]
                 continue
             gathered = self.lineage.gather(current, name, after).to(after.dtype)
             fresh = after.to(gathered.device) - self.lineage.gather(old, name, after).to(gathered)
-            found[name] = gathered + (fresh if scale == 1.0 else scale * fresh)
+            found[name] = gathered + (scale * fresh if name in trained else fresh)
         return found
 
     def verify(
