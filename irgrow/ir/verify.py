@@ -44,9 +44,9 @@ def verify(network: Network) -> Network:
     inside = {names: _rows(network, names) for names, cyclic in network.components if cyclic}
     for bundle in network.bundles.values():
         _duplicates(network, bundle, inside)
-    _norms(network)
     if "levels" not in network.__dict__:
         network.__dict__["levels"] = levels(network, inside)  # raises CyclicNetwork
+    _norms(network)
     _reachable(network, inside)
     return network
 
