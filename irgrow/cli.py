@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "show", help="print or draw a checkpoint", description="Print and draw the network in a checkpoint."
     )
     show.add_argument("file", type=Path, metavar="FILE", help="a checkpoint that irgrow wrote")
+    show.add_argument("--svg", type=Path, metavar="OUT", help="draw the network to this file, too")
     show.set_defaults(run=_show)
 
     doctor = commands.add_parser(
@@ -105,7 +106,7 @@ def _show(arguments: argparse.Namespace) -> int:
         return _complain(f"show: no such file: {arguments.file}")
     from irgrow import viz
 
-    viz.show(arguments.file)
+    viz.show(arguments.file, svg=arguments.svg)
     return 0
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from irgrow.io import random_state
 from irgrow.io.network import Model, open_container, read_network, read_section, write_sections
 from irgrow.io.optimizer import OptimizerState, read_optimizer
 from irgrow.io.random_state import Generator
-from irgrow.ir.errors import BadData
+from irgrow.ir.errors import BadData, BadFile
 from irgrow.ir.morphism import Morphism
 from irgrow.ir.network import Network
+from irgrow.runtime.ledger import Entry, Ledger
 
 
 def save_checkpoint(
@@ -33,22 +34,23 @@ def save_checkpoint(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
-    ledger: Iterable[Morphism | Mapping[str, Any]] = (),
+    ledger: Ledger | Iterable[Morphism | Entry] | None = None,
     progress: Mapping[str, Any] | None = None,
     generators: Mapping[str, Generator] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """`path` holds the network, the training state and the state of everything random, whole and on disk.
 
-    `ledger` tells how the network came to be: morphisms (kept as their text and the hashes of the structures
-    before and after) or plain data. `progress` and `extra` are plain data. `scheduler` is anything with a
-    `state_dict`. `generators` are random generators besides the global ones (a data loader's). Raises as `save`.
+    `ledger` tells what the network grew by (None: the model's own ledger); kept is its text: passes with their
+    seeds, proposals by hash, hashes of the structures before and after. `progress` and `extra` are plain data.
+    `scheduler` is anything with a `state_dict`. `generators` are random generators besides the global ones (a
+    data loader's). Raises as `save`.
     """
     write_sections(
         path,
         model,
         {
-            "ledger": [_entry(step) for step in ledger],
+            "ledger": [asdict(entry) for entry in _entries(model, ledger)],
             "progress": dict(progress or {}),
             "scheduler": None if scheduler is None else dict(scheduler.state_dict()),
             "random": random_state.capture(generators),
@@ -68,7 +70,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             read_optimizer(file, network.tensors()),
             read_section(file, "scheduler", {}) if "scheduler" in file.sections else None,
             random_state.check(random, f"{file.path}: random") if random else None,
-            tuple(read_section(file, "ledger", [])),
+            _ledger(read_section(file, "ledger", []), f"{file.path}: ledger"),
             read_section(file, "progress", {}),
             read_section(file, "extra", {}),
         )
@@ -84,7 +86,7 @@ class Checkpoint:
     optimizer: OptimizerState | None = None
     scheduler: dict[str, Any] | None = None
     random: dict[str, Any] | None = None
-    ledger: tuple[Any, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
     progress: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -97,7 +99,7 @@ class Checkpoint:
         generators: Mapping[str, Generator] | None = None,
         random: bool = True,
     ) -> None:
-        """Model, optimizer, scheduler and (unless `random=False`) everything random are as they were when saved.
+        """Model (its ledger too), optimizer, scheduler and (unless `random=False`) everything random are as saved.
 
         The model must have this checkpoint's structure, the optimizer the same class, number of parameter
         groups and parameters, the generators the same names: else BadData, and nothing has changed.
@@ -122,6 +124,8 @@ class Checkpoint:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(wanted[name])
+        if isinstance(getattr(model, "ledger", None), Ledger):
+            model.ledger = self.ledger  # type: ignore[attr-defined]
         if optimizer is not None and self.optimizer is not None:
             self.optimizer.restore(optimizer, tensors)
         if scheduler is not None:
@@ -134,13 +138,29 @@ class Checkpoint:
         if self.optimizer is not None:
             parts.append(f"{self.optimizer.kind} with state of {len(self.optimizer.state)} parameters")
         if self.ledger:
-            parts.append(f"{len(self.ledger)} steps in the ledger")
+            parts.append(f"{len(self.ledger)} growths")
         if self.progress:
             parts.append(f"progress: {', '.join(self.progress)}")
         return f"<Checkpoint: {'; '.join(parts)}>"
 
 
-def _entry(step: Morphism | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(step, Morphism):
-        return {"by": step.by, "before": step.before.structure, "after": step.after.structure}
-    return dict(step)
+def _entries(model: object, ledger: Ledger | Iterable[Morphism | Entry] | None) -> list[Entry]:
+    found = []
+    for step in getattr(model, "ledger", ()) if ledger is None else ledger:
+        if isinstance(step, Morphism):
+            step = Entry(step.by, step.before.structure, step.after.structure)
+        if not isinstance(step, Entry):
+            raise BadData("saving the ledger", f"a {type(step).__name__}", "a Ledger, its entries, or morphisms")
+        found.append(step)
+    return found
+
+
+def _ledger(data: list[Any], who: str) -> Ledger:
+    entries = []
+    for n, record in enumerate(data):
+        if not isinstance(record, dict) or record.keys() != {"by", "before", "after"}:
+            raise BadFile(f"{who}[{n}]", type(record).__name__, "an object with by, before, after")
+        if not all(isinstance(text, str) for text in record.values()):
+            raise BadFile(f"{who}[{n}]", "a field that is no text", "text")
+        entries.append(Entry(**record))
+    return Ledger(tuple(entries))

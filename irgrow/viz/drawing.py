@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +112,7 @@ def _draw_edges(canvas: Canvas, network: Network, plan: Layout, limit: int) -> i
                 if data:
                     canvas.path(data, css, stroke_opacity=opacity, stroke_width=width)
             else:
-                canvas.lines(map(tuple, mine.tolist()), css, stroke_opacity=opacity, stroke_width=width)  # type: ignore[arg-type]
+                canvas.lines(map(tuple, mine.tolist()), css, stroke_opacity=opacity, stroke_width=width)
     return int(strength.size)
 
 
@@ -130,6 +131,8 @@ def _curve(x: float, y: float, to_x: float, to_y: float) -> str:
 def _edges(network: Network, plan: Layout, bundle: Bundle) -> tuple[Lines, NDArray[np.float64]]:
     """Lines between drawn neurons, and their weights relative to the largest (the 98th percentile) of the bundle."""
     source, target = plan.neurons[bundle.source], plan.neurons[bundle.target]
+    s: NDArray[Any]
+    t: NDArray[Any]
     weight = bundle.weight.detach().double().reshape(-1).cpu().numpy()
     if isinstance(bundle.pattern, Dense):
         s, t = (np.flatnonzero(~np.isnan(p[:, 0])) for p in (source, target))

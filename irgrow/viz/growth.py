@@ -11,6 +11,7 @@ from irgrow.ir.errors import BadData, BadFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOSS, ACCURACY = "#2b6cb0", "#d1620b"
 GROUPS = ("#0b8562", "#b4559c", "#2b87d3", "#c98a00", "#6b4fbb", "#7a7f87")
@@ -26,6 +27,17 @@ def growth_plot(events: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     `measured_gain` and `widths`. What is missing, None or not finite is left out, and a panel without data
     too. Raises BadData for events it cannot read, BadFile if the figure cannot be written.
     """
+    drawn = _figure(events, title)
+    try:
+        drawn.savefig(path)
+    except OSError as error:
+        raise BadFile(f"drawing to {path}", error.strerror, "a file that can be written") from error
+    except ValueError as error:
+        raise BadFile(f"drawing to {path}", str(error), "a name that ends in .png, .svg or .pdf") from None
+
+
+def _figure(events: Sequence[Mapping[str, Any]], title: str | None) -> Figure:
+    """The figure; its panels are those that have data."""
     for n, event in enumerate(events):
         if (
             not isinstance(event, Mapping)
@@ -77,19 +89,14 @@ def growth_plot(events: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
             _draw_gains(axes, predicted, measured)
     assert first is not None
     ends = [float(e["epoch"]) for e in events]
-    left, right = min(ends), max(ends)
-    first.set_xlim(left - 0.01 * (right - left or 1), right + 0.01 * (right - left or 1))
+    left, right = min(ends) - 1, max(ends)  # values of epoch n stand at n, its end
+    first.set_xlim(left, right + 0.01 * (right - left))
     head = 1 - 0.26 / (1.5 + 1.25 * total)
     figure.text(0.095, head, title or "Training and growth", fontsize=12, weight="bold", color=INK, va="center")
     figure.text(
         0.095, head - 0.22 / (1.5 + 1.25 * total), _summary(epochs, growths), fontsize=8.5, color=QUIET, va="center"
     )
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise BadFile(f"drawing to {path}", error.strerror, "a file that can be written") from error
-    except ValueError as error:
-        raise BadFile(f"drawing to {path}", str(error), "a name that ends in .png, .svg or .pdf") from None
+    return figure
 
 
 # ---- panels ---------------------------------------------------------------------------------------------------
@@ -97,14 +104,16 @@ def growth_plot(events: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
 
 def _draw_loss(axes: Axes, loss: Series) -> None:
     x, y = zip(*loss, strict=True)
-    axes.plot(x, y, color=LOSS, linewidth=1.7, solid_capstyle="round")
+    axes.plot(x, y, color=LOSS, linewidth=1.7, marker="o" if len(x) < 3 else None, markersize=4)
     axes.set_ylabel("train loss")
     if min(y) > 0 and max(y) / min(y) > 20:
         axes.set_yscale("log")
-        from matplotlib.ticker import LogFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        few = max(y) / min(y) < 1000
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(bottom=min(0.0, min(y)))
     _label_ends(axes, [(x[-1], y[-1], f"{y[-1]:.3g}", LOSS)])
@@ -112,7 +121,7 @@ def _draw_loss(axes: Axes, loss: Series) -> None:
 
 def _draw_accuracy(axes: Axes, accuracy: Series) -> None:
     x, y = zip(*accuracy, strict=True)
-    axes.plot(x, y, color=ACCURACY, linewidth=1.7, solid_capstyle="round")
+    axes.plot(x, y, color=ACCURACY, linewidth=1.7, marker="o" if len(x) < 3 else None, markersize=4)
     axes.set_ylabel("test accuracy, %")
     axes.set_ylim(top=min(101.0, max(y) + 0.08 * (max(y) - min(y) or 10.0)))
     _label_ends(axes, [(x[-1], y[-1], f"{y[-1]:.1f} %", ACCURACY)])
@@ -146,13 +155,13 @@ def _draw_gains(axes: Axes, predicted: Series, measured: Series) -> None:
     axes.margins(y=0.18)
     # Beside the panel, each behind its symbol.
     for n, name in enumerate(labels):
-        y = 0.62 - 0.24 * n
+        at = 0.62 - 0.24 * n
         face = "white" if name == "predicted" else GROUPS[4]
         axes.scatter(
-            [1.025], [y], s=22, facecolors=face, edgecolors=GROUPS[4], linewidths=1.2, transform=axes.transAxes,
+            [1.025], [at], s=22, facecolors=face, edgecolors=GROUPS[4], linewidths=1.2, transform=axes.transAxes,
             clip_on=False,
         )  # fmt: skip
-        axes.text(1.04, y, name, fontsize=8.5, color=INK, va="center", transform=axes.transAxes)
+        axes.text(1.04, at, name, fontsize=8.5, color=INK, va="center", transform=axes.transAxes)
 
 
 def _dress(axes: Axes, *, last: bool) -> None:
@@ -166,7 +175,7 @@ def _dress(axes: Axes, *, last: bool) -> None:
     axes.tick_params(colors=QUIET, labelsize=8.5, which="both", length=3)
     axes.tick_params(axis="x", labelbottom=last)
     axes.yaxis.label.set_color(INK)
-    axes.yaxis.label.set_size(9)
+    axes.yaxis.label.set_fontsize(9)
     axes.yaxis.set_label_coords(-0.075, 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     if last:
@@ -178,7 +187,7 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> 
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     height = axes.get_window_extent().height
     heights = [float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]) for x, y, _, _ in labels]
-    apart = min(11 * axes.figure.dpi / 72 / height, 1.0 / max(1, len(labels)))  # type: ignore[union-attr]
+    apart = min(11 * axes.figure.dpi / 72 / height, 1.0 / max(1, len(labels)))
     order = sorted(range(len(labels)), key=heights.__getitem__)
     placed: dict[int, float] = {}
     for n in order:
@@ -218,20 +227,22 @@ def _widths(events: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
             found.setdefault(str(group), []).append((float(event["epoch"]), float(units)))
     last = max((float(e["epoch"]) for e in events), default=0.0)
     for series in found.values():
+        series.insert(0, (series[0][0] - 1, series[0][1]))
         series.append((last, series[-1][1]))
     grown = {group: series for group, series in found.items() if len({y for _, y in series}) > 1}
     return grown or found
 
 
 def _summary(epochs: Sequence[Mapping[str, Any]], growths: Sequence[Mapping[str, Any]]) -> str:
-    facts = [f"{len(epochs)} epochs"]
+    facts = [f"{len(epochs)} epoch{'s' * (len(epochs) != 1)}"]
     if growths:
         facts.append(f"{len(growths)} growths (thin lines)" if len(growths) > 1 else "1 growth (thin line)")
     parameters = [p for e in epochs if (p := _number(e, "parameters")) is not None]
     if parameters:
         same = parameters[0] == parameters[-1]
         facts.append(f"{parameters[0]:,.0f} " + ("parameters" if same else f"→ {parameters[-1]:,.0f} parameters"))
-    seconds = [s for e in (*epochs, *growths) if (s := _number(e, "seconds")) is not None]
-    if seconds:
-        facts.append(f"{sum(seconds):,.0f} s" if sum(seconds) >= 10 else f"{sum(seconds):.1f} s")
+    for name, some in (("training", epochs), ("growing", growths)):
+        seconds = [s for e in some if (s := _number(e, "seconds")) is not None]
+        if seconds:
+            facts.append(f"{sum(seconds):,.{0 if sum(seconds) >= 10 else 1}f} s {name}")
     return " · ".join(facts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import log2, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -317,8 +318,10 @@ def _neighbours(
     network: Network, result: Layout, item: Item, first: dict[str, int]
 ) -> tuple[tuple[NDArray[np.int64], NDArray[np.float64]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Of the item's neurons: (neuron, y of a neighbour outside), and the edges between them."""
-    at, height = [np.empty(0, np.int64)], [np.empty(0)]
-    sources, targets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    at: list[NDArray[Any]] = [np.empty(0, np.int64)]
+    height: list[NDArray[Any]] = [np.empty(0)]
+    sources: list[NDArray[Any]] = [np.empty(0, np.int64)]
+    targets: list[NDArray[Any]] = [np.empty(0, np.int64)]
     for bundle in network.bundles.values():
         inside = bundle.source in first, bundle.target in first
         if not any(inside):
@@ -347,7 +350,7 @@ def _settle(
 ) -> NDArray[np.float64]:
     """Heights at which edges, as springs, and neurons of nearby levels, which repel each other, are in balance."""
     total = rank.size
-    y = centre + (np.arange(total) * 0.618034 % 1.0 - 0.5) * room * 0.8  # spread out, the same every time
+    y: NDArray[Any] = centre + (np.arange(total) * 0.618034 % 1.0 - 0.5) * room * 0.8  # spread out, the same every time
     degree = np.maximum(np.bincount(near[0], minlength=total) + np.bincount(np.concatenate(inner), minlength=total), 1)
     apart = np.abs(rank[:, None] - rank[None, :])
     repulsion = np.where(apart <= 3, 1.0 / (1.0 + apart), 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ class Run:
         self.scheduler = SCHEDULERS[scheduler](self.optimizer)
         self.data = torch.Generator().manual_seed(3)
         self.noise = np.random.default_rng(4)
-        self.ledger: list[Any] = []
 
     @property
     def generators(self) -> dict[str, Any]:
@@ -75,7 +73,6 @@ class Run:
         network = self.model.network()
         morphism = ig.SplitUnit(network.unit("hidden", seed))(network)
         self.model.grow(morphism, self.optimizer)
-        self.ledger.append(morphism)
 
     def save(self, path: Path, **progress: Any) -> None:
         ig.save_checkpoint(
@@ -83,7 +80,6 @@ class Run:
             self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            ledger=self.ledger,
             progress=progress,
             generators=self.generators,
         )
@@ -199,24 +195,28 @@ def test_training_on_does_not_change_the_checkpoint(tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
-def test_the_ledger_names_every_step(tmp_path: Path) -> None:
+def test_the_ledger_comes_back_and_goes_on(tmp_path: Path) -> None:
+    from irgrow.growth.replay import replay
+
     run = Run(fresh())
-    hashes = [run.model.structure.structure]
     for seed in range(3):
         run.grow(seed)
-        hashes.append(run.model.structure.structure)
-    run.ledger.append({"note": "by hand", "pair": (1, 2)})
     run.save(tmp_path / "run")
     checkpoint = ig.load_checkpoint(tmp_path / "run")
-    *steps, note = checkpoint.ledger
-    assert [(s["before"], s["after"]) for s in steps] == list(pairwise(hashes))
-    assert note == {"note": "by hand", "pair": (1, 2)}
-    assert checkpoint.network.structure == hashes[-1]
-    network = fresh()
-    for step in steps:  # the text is enough to take the step again
-        network = ig.Pass.from_text(step["by"])(network).after
-    assert network.structure == hashes[-1]
-    assert "3 steps" in repr(checkpoint) or "4 steps" in repr(checkpoint)
+    assert checkpoint.ledger == run.model.ledger and len(checkpoint.ledger) == 3
+    assert replay(checkpoint.ledger, fresh()).after.structure == checkpoint.network.structure
+    assert "3 growths" in repr(checkpoint)
+    again = Run(checkpoint.network)
+    again.restore(checkpoint)
+    again.grow(0)
+    assert len(again.model.ledger) == 4 and again.model.ledger.first(3) == checkpoint.ledger
+    network = again.model.network()
+    steps = [ig.SplitUnit(network.unit("hidden", 0))(network)]  # morphisms can be given by hand
+    ig.save_checkpoint(tmp_path / "run", again.model, ledger=steps)
+    [entry] = ig.load_checkpoint(tmp_path / "run").ledger
+    assert (entry.by, entry.before) == (steps[0].by, network.structure)
+    with pytest.raises(errors.BadData, match="found a str, expected a Ledger, its entries, or morphisms"):
+        ig.save_checkpoint(tmp_path / "run", again.model, ledger=["SplitUnit()"])  # type: ignore[list-item]
 
 
 def test_a_checkpoint_is_a_network_file_and_the_other_way_round(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_checkpoint_is_a_network_file_and_the_other_way_round(tmp_path: Path) 
     checkpoint = ig.load_checkpoint(tmp_path / "net")
     assert checkpoint.network == run.model.network()
     assert checkpoint.optimizer is not None and checkpoint.optimizer.kind == "AdamW"
-    assert checkpoint.scheduler is None and checkpoint.random is None and checkpoint.ledger == ()
+    assert checkpoint.scheduler is None and checkpoint.random is None and len(checkpoint.ledger) == 0
     assert checkpoint.extra == {"a": 1}
 
 
@@ -331,13 +331,13 @@ def train(path):
         optimizer = torch.optim.AdamW(model.parameters())
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.5)
         checkpoint.restore(model, optimizer, scheduler)
-        ledger, first = list(checkpoint.ledger), checkpoint.progress["step"]
+        first = checkpoint.progress["step"]
     else:
         torch.manual_seed(5), numpy.random.seed(5), random.seed(5)
         model = ig.compile(ig.mlp([6, 4, 2], seed=1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.5)
-        ledger, first = [], 0
+        first = 0
     for step in range(first, steps):
         x = torch.randn(16, 6)
         optimizer.zero_grad()
@@ -348,9 +348,8 @@ def train(path):
             network = model.network()
             morphism = ig.SplitUnit(network.unit("hidden", step % 4))(network)
             model.grow(morphism, optimizer)
-            ledger.append(morphism)
         progress = {"step": step + 1}
-        ig.save_checkpoint(path, model, optimizer=optimizer, scheduler=scheduler, ledger=ledger, progress=progress)
+        ig.save_checkpoint(path, model, optimizer=optimizer, scheduler=scheduler, progress=progress)
 
 def child(path):
     pid = os.fork()

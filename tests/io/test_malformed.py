@@ -17,6 +17,7 @@ from safetensors.torch import load as plain_load
 import irgrow as ig
 from irgrow.io.structure import describe
 from irgrow.ir import errors
+from irgrow.runtime.ledger import Entry
 
 ZOO = zoo()
 LOW = 1.0  # seconds for one small file, on a machine that does other things as well
@@ -39,7 +40,12 @@ def checkpoint(file: Path) -> bytes:
     model(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
     ig.save_checkpoint(
-        file, model, optimizer=optimizer, scheduler=scheduler, progress={"epoch": 1}, ledger=[{"by": "x"}]
+        file,
+        model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        progress={"epoch": 1},
+        ledger=[Entry("SplitUnit()", "a", "b")],
     )
     return file.read_bytes()
 
