@@ -76,8 +76,9 @@ class InsertNeuron(Pass):
                     "trained weights of their own on every edge",
                 )
         for g in network.groups.values():
-            if g.norm is not None:
-                raise Refused(f"{who}: group {g.name!r}", f"a {g.norm.kind} norm", "no normalisation")
+            if g.norm is not None or g.dropout:
+                what = "dropout" if g.norm is None else f"a {g.norm.kind} norm"
+                raise Refused(f"{who}: group {g.name!r}", what, "neither norm nor dropout")
         home = network.groups.get(self.group)
         if home is not None and (len(home.shape) > 1 or home.activation != self.activation or home.bias is not None):
             raise Refused(

@@ -104,11 +104,13 @@ def leaving_weights(bundle: Bundle, source: tuple[int, ...], target: tuple[int, 
 
 
 def refuse_loops_of_norms(who: str, network: Network) -> None:
-    """Raises Refused if a loop of groups holds a normalised one (where a norm has no single level)."""
+    """Raises Refused if a loop of groups holds one with a norm or dropout, which have no single level there."""
     for names, cyclic in network.components:
         for name in names:
-            if cyclic and network.groups[name].norm is not None:
-                raise Refused(who, f"a loop of groups through {name!r}, which is normalised", "no norm inside a loop")
+            group = network.groups[name]
+            if cyclic and (group.norm is not None or group.dropout):
+                what = "is normalised" if group.norm is not None else "has dropout"
+                raise Refused(who, f"a loop of groups through {name!r}, which {what}", "neither inside a loop")
 
 
 def refuse_broken(who: str, edit: Edit) -> None:
