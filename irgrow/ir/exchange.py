@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irgrow.ir.errors import BadProperty
+from irgrow.ir.errors import BadProperty, BadShape
 from irgrow.ir.network import Bundle, Group, Network, Norm
-from irgrow.ir.pattern import Sparse
+from irgrow.ir.pattern import Sparse, size
 
 
 def to_networkx(network: Network) -> nx.MultiDiGraph:
@@ -54,9 +54,8 @@ def to_networkx(network: Network) -> nx.MultiDiGraph:
                 "source": b.source,
                 "target": b.target,
                 "pattern": b.pattern,
-                "shape": tuple(b.weight.shape),
+                "weight": b.weight,  # some entries may have no edge: taps that only ever meet padding
                 "trainable": b.trainable,
-                "fixed": None if b.trainable else b.weight,
             }
             for b in network.bundles.values()
         ],
@@ -79,6 +78,8 @@ def from_networkx(graph: nx.DiGraph) -> Network:
     """
     if not isinstance(graph, nx.DiGraph):
         raise BadProperty("from_networkx", type(graph).__name__, "a directed graph (DiGraph or MultiDiGraph)")
+    if not graph:
+        raise BadProperty("from_networkx", "a graph without nodes", "at least one input and one output")
     network = _from_ours(graph) if "next_serial" in graph.graph else _from_plain(graph)
     return network.verify()
 
@@ -92,6 +93,15 @@ def _from_ours(graph: nx.MultiDiGraph) -> Network:
     groups, bundles = [], []
     for d in facts["groups"]:
         mine, units = nodes[d["name"]], d["shape"][0]
+        for unit in range(units):
+            for position in range(size(tuple(d["shape"][1:]))):
+                if (unit, position) not in mine:
+                    raise BadShape(
+                        f"from_networkx: group {d['name']!r}",
+                        f"no node for unit {unit}, position {position}",
+                        "every neuron of the groups in graph.graph",
+                        do="clear graph.graph to read it as a plain graph",
+                    )
         serials = np.array([mine[u, 0][0] for u in range(units)], np.int64)
         bias = torch.tensor([mine[u, 0][1] for u in range(units)], dtype=dtype) if d["bias"] else None
         norm: Norm | None = facts["norms"].get(d["name"])
@@ -107,20 +117,46 @@ def _from_ours(graph: nx.MultiDiGraph) -> Network:
                 serials,
             )
         )
-    weights: dict[str, Tensor] = {d["name"]: torch.zeros(d["shape"], dtype=dtype) for d in facts["bundles"]}
-    values: dict[str, list[tuple[int, float]]] = {name: [] for name in weights}
-    for _, _, key, data in graph.edges(keys=True, data=True):
+    values: dict[str, list[tuple[int, float]]] = {d["name"]: [] for d in facts["bundles"]}
+    for u, v, key, data in graph.edges(keys=True, data=True):
+        if key not in values or "weight_index" not in data:
+            raise BadProperty(
+                f"from_networkx: edge {u!r} -> {v!r}",
+                f"key {key!r} with {sorted(data)}",
+                "an edge of a bundle, as to_networkx made it",
+                do="clear graph.graph to read it as a plain graph",
+            )
         values[key].append((data["weight_index"], data["weight"]))
+    shapes = {g.name: g.shape for g in groups}
     for d in facts["bundles"]:
-        weight = weights[d["name"]]
-        if values[d["name"]]:
-            index, value = zip(*values[d["name"]], strict=True)
-            weight.reshape(-1)[torch.tensor(index)] = torch.tensor(value, dtype=dtype)
-        if d["fixed"] is not None:
-            weight = d["fixed"]
+        count = d["pattern"].count(shapes[d["source"]], shapes[d["target"]])
+        weight = _filled(d["name"], d["weight"].detach().clone(), values[d["name"]], count)
         bundles.append(Bundle(d["name"], d["source"], d["target"], d["pattern"], weight, d["trainable"]))
     table = {g.name: g for g in groups}
     return Network(table, {b.name: b for b in bundles}, facts["inputs"], facts["outputs"], facts["next_serial"])
+
+
+def _filled(name: str, weight: Tensor, values: list[tuple[int, float]], count: int) -> Tensor:
+    """The weight with the values of its edges, all of which must be there and agree where they share an entry."""
+    if len(values) != count:
+        raise BadProperty(
+            f"from_networkx: bundle {name!r}",
+            f"{len(values)} edges",
+            f"the {count} of its pattern",
+            do="clear graph.graph to read it as a plain graph",
+        )
+    if values:
+        index, value = zip(*values, strict=True)
+        flat, at, given = weight.reshape(-1), torch.tensor(index), torch.tensor(value, dtype=weight.dtype)
+        flat[at] = given
+        if not torch.equal(flat[at], given):
+            edge = int((flat[at] != given).nonzero()[0])
+            raise BadProperty(
+                f"from_networkx: bundle {name!r}",
+                f"two values for its shared weight {index[edge]}",
+                "one value on all edges that share a weight",
+            )
+    return weight
 
 
 def _from_plain(graph: nx.DiGraph) -> Network:
