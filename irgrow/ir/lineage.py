@@ -187,7 +187,7 @@ class Axes(Gather):
         )
 
     def then(self, later: Gather) -> Gather:
-        if not isinstance(later, Axes) or len(later.index) != len(self.index):
+        if later.exact or self.exact or not isinstance(later, Axes) or len(later.index) != len(self.index):
             return super().then(later)
         index, value, gradient = [], [], []
         for a in range(len(self.index)):

@@ -1,8 +1,8 @@
 """Every way in which a network can be broken, each with the error that `verify` owes for it.
 
-    for corruption in CORRUPTIONS:
-        broken = corruption(random_network(seed), seed)      # None: no place for it in that network
-        with pytest.raises(corruption.error, match=corruption.says): broken.verify()
+for corruption in CORRUPTIONS:
+    broken = corruption(random_network(seed), seed)      # None: no place for it in that network
+    with pytest.raises(corruption.error, match=corruption.says): broken.verify()
 """
 
 from __future__ import annotations
@@ -403,7 +403,9 @@ def _edited(pattern: Sparse, draw: random.Random, **values: int) -> Sparse:
     return replace(pattern, **changes)
 
 
-@_corruption(DanglingEdge, r"bundle '\w+' from .*: Sparse: source of edge \d+: found neuron (\d+|-1), expected 0 to \d+")
+@_corruption(
+    DanglingEdge, r"bundle '\w+' from .*: Sparse: source of edge \d+: found neuron (\d+|-1), expected 0 to \d+"
+)
 def _an_edge_from_nowhere(network: Network, draw: random.Random) -> Network | None:
     found = _some_edges(network, draw)
     if found is None:
@@ -412,7 +414,9 @@ def _an_edge_from_nowhere(network: Network, draw: random.Random) -> Network | No
     return _bundle(network, found[0], pattern=_edited(found[1], draw, source=wrong))
 
 
-@_corruption(DanglingEdge, r"bundle '\w+' from .*: Sparse: target of edge \d+: found neuron (\d+|-1), expected 0 to \d+")
+@_corruption(
+    DanglingEdge, r"bundle '\w+' from .*: Sparse: target of edge \d+: found neuron (\d+|-1), expected 0 to \d+"
+)
 def _an_edge_to_nowhere(network: Network, draw: random.Random) -> Network | None:
     found = _some_edges(network, draw)
     if found is None:
@@ -448,7 +452,9 @@ def _an_edge_twice(network: Network, draw: random.Random) -> Network | None:
     return _bundle(network, bundle, pattern=pattern, weight=weight)
 
 
-@_corruption(CyclicNetwork, r"network: 1 neurons feed themselves: found (\w+) neuron (\d+) -> \1 neuron \2, expected no")
+@_corruption(
+    CyclicNetwork, r"network: 1 neurons feed themselves: found (\w+) neuron (\d+) -> \1 neuron \2, expected no"
+)
 def _a_neuron_that_feeds_itself(network: Network, draw: random.Random) -> Network | None:
     looped = {name for names, cyclic in network.components if cyclic for name in names}
     group = _a_group(network, draw, lambda g: _hidden(network)(g) and g.norm is None and g.name not in looped)
@@ -458,7 +464,9 @@ def _a_neuron_that_feeds_itself(network: Network, draw: random.Random) -> Networ
     return _more(network, Bundle("self", group.name, group.name, Sparse([at], [at]), _ones(network, 1)))  # type: ignore[arg-type]
 
 
-@_corruption(CyclicNetwork, r"network: \d+ neurons feed themselves: found .*neuron \d+ -> .*, expected no path from a n")
+@_corruption(
+    CyclicNetwork, r"network: \d+ neurons feed themselves: found .*neuron \d+ -> .*, expected no path from a n"
+)
 def _a_long_cycle(network: Network, draw: random.Random) -> Network | None:
     """From some hidden neuron back to one of its parents."""
     for bundle in draw.sample(list(network.bundles.values()), len(network.bundles)):

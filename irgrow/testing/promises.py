@@ -155,7 +155,9 @@ def assert_other_weights(pass_: Pass, morphism: Morphism, *, seed: int = 0, batc
     if not pass_.reads_weights:
         wanted = pass_(there).after
         assert wanted.structure == carried.structure, f"{pass_}: another structure on other weights"
-        text = "on other weights its lineage does not give what the pass gives; does it depend on weights (reads_weights)?"
+        text = (
+            "on other weights its lineage does not give what the pass gives; does it depend on weights (reads_weights)?"
+        )
         assert_close(carried.tensors(), wanted.tensors(), str(pass_), text)
     try:
         pass_.requires(there)

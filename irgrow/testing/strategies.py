@@ -1,8 +1,8 @@
 """Hypothesis strategies: networks that shrink, and passes at places of a network.
 
-    @given(networks(), st.data())
-    def test_my_pass(network, data):
-        assert_promise(data.draw(rewrites(network, [MyPass])), network)
+@given(networks(), st.data())
+def test_my_pass(network, data):
+    assert_promise(data.draw(rewrites(network, [MyPass])), network)
 """
 
 from __future__ import annotations

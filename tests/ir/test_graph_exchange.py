@@ -145,7 +145,9 @@ def test_a_graph_of_ours_that_lost_a_neuron_or_gained_an_edge() -> None:
         ig.from_networkx(graph)
     graph = ig.to_networkx(ig.mlp([2, 3, 1]))
     graph.remove_edge(0, 3)
-    with pytest.raises(IrgrowError, match=r"bundle 'input_hidden': found 5 edges, expected the 6 of its pattern; clear"):
+    with pytest.raises(
+        IrgrowError, match=r"bundle 'input_hidden': found 5 edges, expected the 6 of its pattern; clear"
+    ):
         ig.from_networkx(graph)
     graph = ig.to_networkx(ig.cnn((1, 3, 3), [1], 1, pool=None))
     next(iter(graph.edges(data=True)))[2]["weight"] = 9.0

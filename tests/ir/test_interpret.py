@@ -299,7 +299,10 @@ def test_second_derivatives_exist() -> None:
     ("inputs", "text"),
     [
         ((), r"inputs: found 0 tensors, expected 1, one each for \('input',\)"),
-        ((np.zeros((2, 3)),), "input 'input': found ndarray, expected a floating tensor of shape (batch, 3); use torch"),
+        (
+            (np.zeros((2, 3)),),
+            "input 'input': found ndarray, expected a floating tensor of shape (batch, 3); use torch",
+        ),
         ((torch.zeros(2, 4),), r"input 'input': found shape (2, 4), expected a floating tensor of shape (batch, 3)"),
         ((torch.zeros(2, 3, dtype=torch.long),), r"input 'input': found torch.int64, .*; convert it with .float()"),
         ((torch.tensor(1.0),), r"input 'input': found shape ()"),

@@ -71,7 +71,8 @@ def test_ten_thousand_networks(block: int) -> None:
 
 TestGrowth = GrowthMachine.TestCase
 TestGrowth.settings = settings(
-    max_examples=max(1, settings.default.max_examples // 3), stateful_step_count=min(8, settings.default.stateful_step_count)
+    max_examples=max(1, settings.default.max_examples // 3),
+    stateful_step_count=min(8, settings.default.stateful_step_count),
 )
 
 
