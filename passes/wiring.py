@@ -12,7 +12,7 @@ from irgrow.ir.edit import Edit
 from irgrow.ir.errors import CyclicNetwork, InvalidNetwork, Refused, UnknownName, Unreachable
 from irgrow.ir.lineage import Flat
 from irgrow.ir.network import Bundle, Network
-from irgrow.ir.pattern import Conv2d, Dense, Identity, Sparse, size
+from irgrow.ir.pattern import Conv2d, Dense, Sparse, size
 
 Ints = NDArray[np.int64]
 
@@ -100,7 +100,7 @@ def leaving_weights(bundle: Bundle, source: tuple[int, ...], target: tuple[int, 
         return weight[np.concatenate(rows), np.concatenate(columns)].flatten()
     if isinstance(pattern, Dense):
         return weight[:, (units[:, None] * positions + np.arange(positions)).ravel()].flatten()
-    return weight.reshape(-1) if isinstance(pattern, Identity) or weight.numel() == 1 else weight.flatten()
+    return weight.flatten()
 
 
 def refuse_loops_of_norms(who: str, network: Network) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ def clean(network: Network) -> Network:
     return network.with_tensors(moved)
 
 
+@cache
 def zoo() -> dict[str, Network]:
     """Small float64 networks of every kind, with random values everywhere."""
     made = {

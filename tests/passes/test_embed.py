@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from laws import LIMIT, assert_chain, difference, obey, residual, shake, zoo
 
 import irgrow as ig
@@ -14,7 +16,7 @@ from irgrow.ir.lineage import Through
 from irgrow.ir.morphism import Morphism, SameFunction
 from irgrow.ir.network import Network
 from irgrow.passes.embed import EmbedConv, deviation, local_masks, masked
-from irgrow.testing import gradients, inputs_for
+from irgrow.testing import assert_promise, gradients, inputs_for, networks, rewrites
 
 F64 = torch.float64
 FORMS = [EmbedConv(to, flatten=flatten) for to in ("dense", "local") for flatten in (True, False)]
@@ -93,6 +95,11 @@ def test_at_every_place(name: str) -> None:
     assert len(places) == (4 if images else 0)
     for place in places:
         obey(place, network)
+
+
+@given(networks(), st.data())
+def test_random_networks(network: Network, data: st.DataObject) -> None:
+    assert_promise(data.draw(rewrites(network, [EmbedConv])), network)
 
 
 def test_a_unit_is_a_neuron_and_keeps_its_number() -> None:
