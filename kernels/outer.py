@@ -211,7 +211,7 @@ def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0
     """
     (p, n), q = left.shape, len(right)
     pieces = n // _PIECE
-    if left.dtype == torch.float32 and pieces > 1 and p * q < _SMALL and p * q * n < _WORTH_PREPARING:
+    if left.dtype == torch.float32 and pieces > 1 and p * q < _SMALL and not _suits_onednn(left, p * q * n):
         whole = pieces * _PIECE
         a = left[:, :whole].unflatten(1, (pieces, _PIECE)).transpose(0, 1)
         b = right[:, :whole].unflatten(1, (pieces, _PIECE)).permute(1, 2, 0)
@@ -230,8 +230,7 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
     (AMD with AVX-512).
     """
     with _full_precision(left.device.type):
-        size = left.shape[0] * left.shape[1] * len(right)
-        if _ONEDNN is None or left.device.type != "cpu" or left.dtype != torch.float32 or size < _WORTH_PREPARING:
+        if _ONEDNN is None or not _suits_onednn(left, left.shape[0] * left.shape[1] * len(right)):
             return left @ right.T
         # Only operands without gaps: for others oneDNN falls back to a loop a thousand times slower.
         right = right if right.T.is_contiguous() else right.contiguous()
@@ -250,6 +249,11 @@ def gram_cost(n: int, d: int, *, itemsize: int = 4) -> tuple[int, int]:
     return 2 * n * entries, itemsize * (3 * n * d + chunks * entries) + 16 * chunks * entries
 
 
+def _suits_onednn(left: Tensor, multiply_adds: int) -> bool:
+    ready = _ONEDNN is not None and left.device.type == "cpu" and left.dtype == torch.float32
+    return ready and multiply_adds >= _WORTH_PREPARING
+
+
 # --- parts ----------------------------------------------------------------------------------------------------
 
 
@@ -263,10 +267,10 @@ def _add_gram(out: Tensor, columns: Tensor, scale: float) -> None:
 
 
 def _feature_major(blocks: Sequence[Tensor], rows: slice, ones: bool, dtype: torch.dtype) -> Tensor:
-    """[width (+ 1), samples], contiguous; a view if the caller's features already stand like that."""
+    """[width (+ 1), samples]; a view where that does as well: only oneDNN wants its left operand without gaps."""
     if len(blocks) == 1 and not ones and blocks[0].dtype == dtype:
         columns = blocks[0][rows].T
-        if columns.is_contiguous():
+        if columns.is_contiguous() or not _suits_onednn(columns, columns.shape[0] ** 2 * columns.shape[1]):
             return columns
     columns = blocks[0].new_empty(_width(blocks) + ones, rows.stop - rows.start, dtype=dtype)
     _store(columns, blocks, rows, 1.0)
