@@ -19,6 +19,8 @@ from irgrow.ir.network import Bundle, Group, Network
 from irgrow.ir.pattern import Sparse, Window
 from irgrow.viz.svg import text_width
 
+Near = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+Inner = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 Positions = NDArray[np.float64]  # [neurons of a group, 2]; NaN where a neuron is not drawn
 
 SHOWN = 72  # neurons of one group that are drawn in a column
@@ -302,7 +304,7 @@ def _place_levels(network: Network, result: Layout, item: Item) -> None:
     level = np.concatenate([network.levels[name] for name in names])
     rank = np.unique(level, return_inverse=True)[1]
     x = np.array(result.columns)[item.first + rank]
-    near, inner = _neighbours(network, result, item, first)
+    near, inner = _neighbours(network, result, item, first, rank)
     _, top, _, bottom = item.box
     y = _settle(near, inner, rank, (top + bottom) / 2, bottom - top, item.spacing)
     for r in range(item.last - item.first + 1):
@@ -315,57 +317,56 @@ def _place_levels(network: Network, result: Layout, item: Item) -> None:
 
 
 def _neighbours(
-    network: Network, result: Layout, item: Item, first: dict[str, int]
-) -> tuple[tuple[NDArray[np.int64], NDArray[np.float64]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Of the item's neurons: (neuron, y of a neighbour outside), and the edges between them."""
-    at: list[NDArray[Any]] = [np.empty(0, np.int64)]
-    height: list[NDArray[Any]] = [np.empty(0)]
-    sources: list[NDArray[Any]] = [np.empty(0, np.int64)]
-    targets: list[NDArray[Any]] = [np.empty(0, np.int64)]
+    network: Network, result: Layout, item: Item, first: dict[str, int], rank: NDArray[np.int64]
+) -> tuple[Near, Inner]:
+    """Of the item's neurons: (neuron, y of a neighbour outside, strength), and (source, target, strength) inside.
+
+    The further an edge reaches, the less it pulls.
+    """
+    outside: list[Near] = [(np.empty(0, np.int64), np.empty(0), np.empty(0))]
+    inside: list[Inner] = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     for bundle in network.bundles.values():
-        inside = bundle.source in first, bundle.target in first
-        if not any(inside):
+        begins, ends = bundle.source in first, bundle.target in first
+        if not (begins or ends):
             continue
         s, t, _ = bundle.pattern.all_edges(*network.shapes(bundle))
-        if all(inside):
-            sources.append(s + first[bundle.source])
-            targets.append(t + first[bundle.target])
+        if begins and ends:
+            s, t = s + first[bundle.source], t + first[bundle.target]
+            inside.append((s, t, 1.0 / np.maximum(1, rank[t] - rank[s])))
             continue
-        mine, theirs = (t + first[bundle.target], s) if inside[1] else (s + first[bundle.source], t)
-        other = bundle.source if inside[1] else bundle.target
+        mine, theirs = (t + first[bundle.target], s) if ends else (s + first[bundle.source], t)
+        other = bundle.source if ends else bundle.target
         if other in result.neurons:
             y = result.neurons[other][theirs, 1]
-            at.append(mine[~np.isnan(y)])
-            height.append(y[~np.isnan(y)])
-    return (np.concatenate(at), np.concatenate(height)), (np.concatenate(sources), np.concatenate(targets))
+            reach = np.abs(item.first + rank[mine] - result.of[other].first)
+            drawn = ~np.isnan(y)
+            outside.append((mine[drawn], y[drawn], 1.0 / np.maximum(1, reach[drawn])))
+    near, inner = (tuple(map(np.concatenate, zip(*parts, strict=True))) for parts in (outside, inside))
+    return near, inner  # type: ignore[return-value]
 
 
 def _settle(
-    near: tuple[NDArray[np.int64], NDArray[np.float64]],
-    inner: tuple[NDArray[np.int64], NDArray[np.int64]],
-    rank: NDArray[np.int64],
-    centre: float,
-    room: float,
-    spacing: float,
+    near: Near, inner: Inner, rank: NDArray[np.int64], centre: float, room: float, spacing: float
 ) -> NDArray[np.float64]:
     """Heights at which edges, as springs, and neurons of nearby levels, which repel each other, are in balance."""
-    total = rank.size
+    total, sweeps = rank.size, 160
     y: NDArray[Any] = centre + (np.arange(total) * 0.618034 % 1.0 - 0.5) * room * 0.8  # spread out, the same every time
-    degree = np.maximum(np.bincount(near[0], minlength=total) + np.bincount(np.concatenate(inner), minlength=total), 1)
+    (at, height, pull_near), (source, target, pull_inner) = near, inner
+    weight = np.bincount(at, pull_near, total) + np.bincount(source, pull_inner, total)
+    weight = np.maximum(weight + np.bincount(target, pull_inner, total), 1e-9)
     apart = np.abs(rank[:, None] - rank[None, :])
-    repulsion = np.where(apart <= 3, 1.0 / (1.0 + apart), 0.0)
+    repulsion = np.where(apart <= 4, 1.0 / (1.0 + apart), 0.0)
     np.fill_diagonal(repulsion, 0.0)
-    for sweep in range(160):
-        pull = np.zeros(total)
-        np.add.at(pull, near[0], near[1] - y[near[0]])
-        np.add.at(pull, inner[0], y[inner[1]] - y[inner[0]])
-        np.add.at(pull, inner[1], y[inner[0]] - y[inner[1]])
+    for sweep in range(sweeps):
+        along = pull_inner * (y[target] - y[source])
+        pull = np.bincount(at, pull_near * (height - y[at]), total) + np.bincount(source, along, total)
+        pull = (pull - np.bincount(target, along, total)) / weight
         between = y[:, None] - y[None, :]
-        push = (repulsion * between / (between**2 + spacing**2 / 4)).sum(1) * spacing * 1.2
-        heat = 1.0 - sweep / 160
-        y += np.clip(0.5 * pull / degree + push, -3 * spacing * heat, 3 * spacing * heat) * 0.8
-        y = np.clip(y, centre - room / 2, centre + room / 2)
-    return y
+        push = (repulsion * between / (between**2 + spacing**2 / 4)).sum(1) * spacing * 1.6
+        limit = 3 * spacing * (1.0 - sweep / sweeps)
+        y = np.clip(y + 0.8 * np.clip(0.5 * pull + push, -limit, limit), centre - room / 2, centre + room / 2)
+    extent = float(y.max() - y.min())
+    return centre + (y - (y.max() + y.min()) / 2) * min(1.7, 0.95 * room / extent) if extent else y
 
 
 def _spread(wanted: NDArray[np.float64], spacing: float, top: float, bottom: float) -> NDArray[np.float64]:

@@ -397,3 +397,27 @@ def test_a_killed_run_ends_with_the_same_weights(trials: int, tmp_path: Path) ->
     done = run_program(TRAINING, str(tmp_path), str(trials))
     assert done["same"] == trials
     assert done["kills"] >= trials
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def start(network: ig.Network) -> tuple[ig.CompiledNetwork, torch.optim.Optimizer]:
+        model = ig.compile(network, device="cuda")
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+
+    def step(model: ig.CompiledNetwork, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        outputs = model(torch.randn(16, 6, device="cuda"))
+        assert isinstance(outputs, torch.Tensor)
+        outputs.square().mean().backward()
+        optimizer.step()
+
+    model, optimizer = start(fresh())
+    step(model, optimizer)
+    ig.save_checkpoint(tmp_path / "run", model, optimizer=optimizer)
+    step(model, optimizer)
+    checkpoint = ig.load_checkpoint(tmp_path / "run")
+    again, other = start(checkpoint.network)
+    checkpoint.restore(again, other)
+    step(again, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
