@@ -146,6 +146,7 @@ def main(arguments: argparse.Namespace) -> int:
         learning_rate=arguments.learning_rate,
     )
     began = time.perf_counter()
+    torch.set_num_threads(1)  # a second thread costs such small products more than it saves
     out = Path(arguments.out)
     folder = RunFolder(out, {"task": "digits", **asdict(config), "threads": torch.get_num_threads()})
     try:
