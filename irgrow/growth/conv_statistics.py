@@ -7,56 +7,190 @@ For a leaving convolution, tap t of target position r reads position q(r, t) of 
 is the map from new fan-out filters to the gradient of the new fan-in filters (times the slope): exact, where
 patches of size k1 + k2 - 1 of the auxiliary gradient (GradMax, appendix B) are only exact without padding or
 with a 1x1 kernel. Where an image is flattened into a dense bundle, every position is a tap.
+
+Nothing is unfolded for a convolution that leaves: the gradient is spread back over the positions each tap read
+(and along the site, through pooling), which makes M_prev the weight gradient of a convolution with O * taps
+outputs; S, S_in and M are products of patches by shifts (irgrow.kernels.patches). N is M_prev once more, with
+g + dW* c in place of -g. Only C, the mean over several exits, and pooled features unfold, a few samples at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from irgrow.growth.geometry import Exit, Geometry
+from irgrow.growth.geometry import Exit, Target, Windows
 from irgrow.growth.moments import Sums
+from irgrow.kernels.patches import patch_cross
 
-MEMORY = 1 << 26  # numbers of unfolded patches held at once, about
+MEMORY = 1 << 26  # numbers held at once, about
 
 
-def add_image_moments(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor], count: int) -> None:
+def add_image_moments(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> None:
     """Adds one batch of an image site; values and gradients `[B, C, H, W]` (flat targets: `[B, O]`)."""
-    step = max(1, MEMORY // _numbers(sums))
-    for first in range(0, count, step):
-        part = slice(first, first + step)
-        _add(sums, {n: v[part] for n, v in values.items()}, {n: v[part] for n, v in g.items()})
-
-
-def _add(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> None:
     geometry, want = sums.geometry, sums.want
-    features: dict[str, Tensor] = {}
-    if {"S", "M_prev", "C"} & want:
-        features = _features(sums, values)
-    if "S" in want:
+    for target in geometry.targets:
+        if target.shared:
+            _add_shared_target(sums, target, values, g)
+        else:
+            fed = {target.name: _flat_feeding(target, values)} if {"S_in", "M"} & want else {}
+            sums.add_targets(fed, {n: v.flatten(1) for n, v in g.items() if n == target.name})
+    direct = _direct(sums)
+    if "S" in want and direct:
+        entry = geometry.entries[0]
+        assert entry.windows is not None
+        sums.patches("S", values[entry.source], entry.windows, sums.bias)
+    if "M_prev" in want:
+        _add_products(sums, "M_prev", values, g, 1.0)
+    if ("S" in want and not direct) or "C" in want:
+        for part in _parts(sums, values):
+            _add_unfolded(sums, {n: v[part] for n, v in values.items()}, direct)
+
+
+def add_image_residual(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> None:
+    """Adds one batch to N, measured with the dW* in `sums.move`: v_perp = -g - dW* c at every target."""
+    assert sums.move is not None
+    left = {}
+    for target in sums.geometry.targets:
+        columns, rows = sums.ranges[target.name]
+        left[target.name] = g[target.name] + _moved(target, sums.move[rows, columns], values, g[target.name])
+    _add_products(sums, "N", values, left, -1.0)
+
+
+def _moved(target: Target, move: Tensor, values: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """How dW* `[O, c]` moves a target: `[B, O, *positions]`."""
+    out, at = torch.zeros_like(like), 0
+    move = move.to(like)
+    for f in target.feeding:
+        part = move[:, at : at + f.block.width]
+        at += f.block.width
+        if f.windows is None:
+            out += (values[f.source].flatten(1) @ part.mT).reshape(out.shape)
+        else:
+            w = f.windows
+            weight = part.reshape(target.outputs, *f.block.shape)
+            out += F.conv2d(values[f.source], weight, None, w.stride, w.padding, w.dilation)
+    if target.bias:
+        out += move[:, -1].reshape(1, -1, *(1,) * (out.dim() - 2))
+    return out
+
+
+# ---- what already feeds the targets -----------------------------------------------------------------------------
+
+
+def _add_shared_target(sums: Sums, target: Target, values: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> None:
+    """S_in, M and E of a target whose positions share weights."""
+    columns, rows = sums.ranges[target.name]
+    if "E" in sums.want:
+        sums.gram("E", _rows(g[target.name]), at=rows)
+    if "S_in" in sums.want:
+        if len(target.feeding) == 1:
+            f = target.feeding[0]
+            assert f.windows is not None
+            sums.patches(target.name, values[f.source], f.windows, target.bias)
+        else:
+            for part in _parts(sums, values):
+                c = _shared_feeding(sums, target, {n: v[part] for n, v in values.items()})
+                sums.gram("S_in", _rows(c), at=columns)
+    if "M" in sums.want:
+        at = columns.start
+        for f in target.feeding:
+            assert f.windows is not None
+            product = _patch_cross(values[f.source], g[target.name], f.windows)
+            sums.put("M", product, slice(at, at + f.block.width), rows)
+            at += f.block.width
+        if target.bias:
+            total = g[target.name].sum((0, 2, 3), dtype=torch.float64)
+            sums.put("M", total[None], slice(at, at + 1), rows)
+
+
+def _shared_feeding(sums: Sums, target: Target, values: Mapping[str, Tensor]) -> Tensor:
+    """c of a target whose positions share weights: `[B, c, positions]`."""
+    parts = [f.windows.unfold(values[f.source]) for f in target.feeding if f.windows is not None]
+    count = sums.geometry.network.groups[target.name].positions
+    like = parts[0] if parts else next(iter(values.values()))
+    if target.bias:
+        parts.append(like.new_ones(like.shape[0], 1, count))
+    return torch.cat(parts, 1) if parts else like.new_zeros(like.shape[0], 0, count)
+
+
+def _flat_feeding(target: Target, values: Mapping[str, Tensor]) -> Tensor:
+    """c of a flat target: `[B, c]`."""
+    like = next(iter(values.values()))
+    parts = [values[f.source].flatten(1) for f in target.feeding]
+    if target.bias:
+        parts.append(like.new_ones(like.shape[0], 1))
+    return torch.cat(parts, 1) if parts else like.new_zeros(like.shape[0], 0)
+
+
+# ---- features of new units times what arrives at the targets -----------------------------------------------------
+
+
+def _add_products(sums: Sums, name: str, values: Mapping[str, Tensor], g: Mapping[str, Tensor], sign: float) -> None:
+    """Adds sign * E sum_r b(q(r, t)) g_o(r) for every leaving bundle."""
+    for at, way in enumerate(sums.geometry.exits):
+        columns = sums.columns(name, at)
+        for part in _parts(sums, values):
+            here = {n: v[part] for n, v in values.items()}
+            if way.windows is None:
+                product = _flattened_product(sums, way, here, g[way.target][part])
+            else:
+                product = _spread_product(sums, way, here, g[way.target][part])
+            sums.put(name, sign * product, columns=columns)
+
+
+def _spread_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
+    """`[F, O * taps]` for a leaving convolution."""
+    assert way.windows is not None
+    geometry = sums.geometry
+    height, width = geometry.network.groups[way.group].shape[1:]
+    back = way.windows.spread(g, (height, width), way.block.tap)
+    at_entry = {name: geometry.carry_back(name, way.group, back) for name in {e.group for e in geometry.entries}}
+    rows = []
+    for entry in geometry.entries:
+        assert entry.windows is not None
+        spread = at_entry[entry.group]
+        if spread is None:
+            rows.append(back.new_zeros(entry.block.width, back.shape[1], dtype=torch.float64))
+        else:
+            rows.append(_patch_cross(values[entry.source], spread, entry.windows))
+    if sums.bias:
+        ones = [at_entry[name] for name in geometry.biased or (geometry.entries[0].group,)]
+        reached = [s.sum((0, 2, 3), dtype=torch.float64) for s in ones if s is not None]
+        rows.append(sum(reached, back.new_zeros(back.shape[1], dtype=torch.float64))[None])
+    return torch.cat(rows)
+
+
+def _flattened_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
+    """`[F, O * positions]` for a dense bundle that leaves an image."""
+    b = _features(sums, values)[way.group].flatten(1)  # [B, F * positions]
+    product = (b.mT @ g.flatten(1)).double()
+    return product.reshape(sums.features, way.block.taps, way.block.outputs).mT.reshape(sums.features, -1)
+
+
+def _add_unfolded(sums: Sums, values: Mapping[str, Tensor], direct: bool) -> None:
+    """S where it is no plain product of patches, and C."""
+    geometry = sums.geometry
+    features = _features(sums, values)
+    if "S" in sums.want and not direct:
         for exit, windows in geometry.places:
             b = features[exit] if windows is None else windows.pick(features[exit], windows.centre)
             sums.gram("S", _rows(b), 1.0 / len(geometry.places))
-    gradients = {
-        t.name: g[t.name].reshape(-1, t.outputs, _positions(geometry, t.name, t.shared))
-        for t in geometry.targets
-        if t.name in g
-    }
-    fed = _feeding(geometry, values, g) if {"S_in", "M", "C"} & want else {}
-    sums.add_targets({n: _rows(c) for n, c in fed.items()}, {n: _rows(v) for n, v in gradients.items()})
-    if not {"M_prev", "C"} & want:
+    if "C" not in sums.want:
         return
+    targets = {t.name: t for t in geometry.targets}
     for at, way in enumerate(geometry.exits):
-        b = _by_tap(way, features[way.group])
-        if "M_prev" in want:
-            product = _summed(b, gradients[way.target])  # [F * taps, O]
-            product = product.reshape(sums.features, way.block.taps, way.block.outputs).mT
-            sums.put("M_prev", product.reshape(sums.features, -1), columns=sums.columns("M_prev", at))
-        if "C" in want:
-            product = _summed(b, fed[way.target]).reshape(sums.features, -1)
-            sums.put("C", product, columns=sums.columns("C", at))
+        target, b = targets[way.target], features[way.group]
+        if way.windows is None:
+            product = b.flatten(1).mT @ _flat_feeding(target, values)
+        else:
+            tap = way.block.tap
+            read = way.windows.unfold(b) if tap is None else way.windows.pick(b, tap).flatten(2)
+            product = torch.bmm(read, _shared_feeding(sums, target, values).mT).sum(0, dtype=torch.float64)
+        sums.put("C", product.reshape(sums.features, -1), columns=sums.columns("C", at))
 
 
 def _features(sums: Sums, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,33 +219,21 @@ def _features(sums: Sums, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _feeding(geometry: Geometry, values: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """c of every target: `[B, c, positions]`, one position where the target is flat."""
-    found = {}
-    like = next(iter([*values.values(), *g.values()]))
-    for target in geometry.targets:
-        positions = _positions(geometry, target.name, target.shared)
-        parts = []
-        for f in target.feeding:
-            x = values[f.source]
-            parts.append(x.reshape(x.shape[0], -1, 1) if f.windows is None else f.windows.unfold(x))
-        if target.bias:
-            parts.append(like.new_ones(like.shape[0], 1, positions))
-        found[target.name] = torch.cat(parts, 1) if parts else like.new_zeros(like.shape[0], 0, positions)
-    return found
+# ---- parts -------------------------------------------------------------------------------------------------------
 
 
-def _by_tap(way: Exit, b: Tensor) -> Tensor:
-    """`[B, F * taps, positions]`: what each tap of the leaving bundle reads of `b [B, F, H, W]`."""
-    if way.windows is None:
-        return b.reshape(b.shape[0], -1, 1)
-    if way.block.tap is not None:
-        return way.windows.pick(b, way.block.tap).flatten(2)
-    return way.windows.unfold(b)
+def _direct(sums: Sums) -> bool:
+    """Whether S is the Gram matrix of plain patches: one entry, left where it is entered."""
+    geometry = sums.geometry
+    if len(geometry.entries) != 1 or geometry.steps or len(geometry.places) != 1:
+        return False
+    entry, (exit, windows) = geometry.entries[0], geometry.places[0]
+    return entry.group == exit and windows is None and geometry.slopes[exit] in (geometry.slope, 0.0)
 
 
-def _positions(geometry: Geometry, target: str, shared: bool) -> int:
-    return geometry.network.groups[target].positions if shared else 1
+def _patch_cross(x: Tensor, y: Tensor, w: Windows) -> Tensor:
+    """The sum of patch y^T over samples and positions: `[C * taps, Q]`."""
+    return patch_cross(x, y, w.kernel, stride=w.stride, padding=w.padding, dilation=w.dilation)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -119,20 +241,17 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(2).mT.reshape(-1, x.shape[1])
 
 
-def _summed(x: Tensor, y: Tensor) -> Tensor:
-    """sum over samples and positions of x y^T: `[B, X, R]`, `[B, Y, R]` -> `[X, Y]`."""
-    if x.shape[2] == 1:
-        return x[:, :, 0].mT @ y[:, :, 0]
-    return torch.bmm(x, y.mT).sum(0, dtype=torch.float64)
-
-
-def _numbers(sums: Sums) -> int:
-    """How many numbers of patches one sample needs."""
-    geometry = sums.geometry
-    groups = geometry.network.groups
+def _parts(sums: Sums, values: Mapping[str, Tensor]) -> Iterator[slice]:
+    """Ranges of samples whose intermediate numbers fit into MEMORY."""
+    geometry, groups = sums.geometry, sums.geometry.network.groups
     most = sum(sums.features * groups[name].positions for name in geometry.site.groups)
     for way in geometry.exits:
-        most += sums.features * way.block.taps * (groups[way.target].positions if way.windows else 1)
+        most += way.block.width * groups[way.group].positions if way.windows else 0
+        if "C" in sums.want:
+            most += sums.features * way.block.taps * (groups[way.target].positions if way.windows else 1)
     for target in geometry.targets:
         most += target.width * (groups[target.name].positions if target.shared else 1)
-    return most
+    count = next(iter(values.values())).shape[0]
+    step = max(1, MEMORY // most)
+    for first in range(0, count, step):
+        yield slice(first, first + step)

@@ -30,6 +30,7 @@ from irgrow.ir.pattern import Conv2d, Dense, Identity, Local2d, Pair, Pool2d, Sp
 from irgrow.ir.site import Site, _ties
 from irgrow.ir.statistics import Block
 from irgrow.ir.units import UnitMap, blocks
+from irgrow.kernels.patches import Window
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Windows:
         return math.prod(self.kernel)
 
     @property
+    def kernel_window(self) -> Window:
+        """The same for the kernels of irgrow.kernels.patches."""
+        return Window(self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
     def centre(self) -> int:
         """The tap that a new channel of a depthwise convolution, or the restricted form, uses."""
         return (self.kernel[0] // 2) * self.kernel[1] + self.kernel[1] // 2
@@ -63,6 +69,21 @@ class Windows:
         kernel = x.new_zeros(self.taps)
         kernel[tap] = 1.0
         return self._depthwise(x, kernel)
+
+    def spread(self, g: Tensor, shape: Pair, tap: int | None) -> Tensor:
+        """The transpose: `[B, O, Ho, Wo]` -> `[B, O * taps, *shape]`: what each tap hands back to what it read.
+
+        Of one tap only, if it is given.
+        """
+        count = self.taps if tap is None else 1
+        kernel = torch.eye(self.taps, dtype=g.dtype, device=g.device)
+        kernel = kernel if tap is None else kernel[tap : tap + 1]
+        weight = kernel.reshape(1, count, *self.kernel).expand(g.shape[1], count, *self.kernel)
+        rest = []  # pixels behind the last window
+        for a in (0, 1):
+            used = (g.shape[2 + a] - 1) * self.stride[a] + self.dilation[a] * (self.kernel[a] - 1) + 1
+            rest.append(shape[a] + 2 * self.padding[a] - used)
+        return F.conv_transpose2d(g, weight, None, self.stride, self.padding, rest, g.shape[1], self.dilation)
 
     def sum(self, x: Tensor) -> Tensor:
         """`[B, C, Ho, Wo]`: the sum over each window."""
@@ -354,6 +375,16 @@ class Geometry:
                 held = values.get(step.group)
                 values[step.group] = through if held is None else held + through
         return {name: _times(value, 1.0 / (self.slope or 1.0)) for name, value in values.items()}
+
+    def carry_back(self, entry: str, exit: str, g: Tensor) -> Tensor | None:
+        """The transpose of `carry` between two groups: `g [B, K, *positions]` at the exit -> at the entry."""
+        if entry == exit and not self.steps and self.slopes[entry] == self.slope:
+            return g
+        shape = self.network.groups[entry].shape[1:]
+        with torch.enable_grad():
+            at_entry = g.new_zeros(*g.shape[:2], *shape).requires_grad_()
+            reached = self.carry(entry, at_entry).get(exit)
+            return None if reached is None else torch.autograd.grad(reached, at_entry, g)[0]
 
     def _unfit(self, bundle: Bundle, how: str) -> Refused:
         return Refused(

@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from irgrow.growth.geometry import Geometry
+from irgrow.growth.geometry import Geometry, Windows
 from irgrow.ir.statistics import Block
 from irgrow.kernels.outer import accumulate, accumulate_gram, mirror
+from irgrow.kernels.patches import PatchGram
 
 ALL = slice(None)
 SYMMETRIC = ("S", "S_in", "E")
@@ -25,6 +26,16 @@ class Sums:
     bias: bool
     want: frozenset[str]
     totals: dict[str, Tensor] = field(default_factory=dict)
+    grams: dict[str, PatchGram] = field(default_factory=dict)  # of patches: `S`, and S_in by target
+    move: Tensor | None = None  # dW*, once N is measured with it
+
+    def __post_init__(self) -> None:
+        want = set(self.want)
+        if "N" in want:  # from C where that is small, else measured in a second run
+            want |= {"M_prev", "S_in", "M"}
+            want |= {"C"} if self.geometry.flat or all(e.block.taps == 1 for e in self.geometry.exits) else set()
+        self.twice = "N" in want and "C" not in want
+        self.want = frozenset(want - {"N"})
 
     @cached_property
     def fan_in(self) -> tuple[Block, ...]:
@@ -48,12 +59,35 @@ class Sums:
         held = sum(way.block.taps * widths[way.target] for way in geometry.exits)
         columns = sum(way.block.width for way in geometry.exits)
         b = self.features
-        return {"S": (b, b), "M_prev": (b, columns), "S_in": (c, c), "M": (c, g), "C": (b, held), "E": (g, g)}
+        shapes = {"S": (b, b), "M_prev": (b, columns), "S_in": (c, c), "M": (c, g), "C": (b, held), "E": (g, g)}
+        return shapes | {"N": (b, columns)}
 
     def total(self, name: str) -> Tensor:
         """One sum over the samples added so far."""
+        if name in self.grams:
+            return self.grams[name].gram()
         found = self._held(name, None).clone()
-        return mirror(found) if name in SYMMETRIC else found
+        if name in SYMMETRIC:
+            mirror(found)
+        for target, (c, _) in self.ranges.items():
+            if name == "S_in" and target in self.grams:
+                found[c, c] = self.grams[target].gram()
+        return found
+
+    @cached_property
+    def ranges(self) -> dict[str, tuple[slice, slice]]:
+        """Per target its columns of c and of g."""
+        found, row, column = {}, 0, 0
+        for t in self.geometry.targets:
+            found[t.name] = slice(row, row + t.width), slice(column, column + t.outputs)
+            row, column = row + t.width, column + t.outputs
+        return found
+
+    def patches(self, name: str, x: Tensor, windows: Windows, ones: bool) -> None:
+        """Adds the sum of patch patch^T over images to `S`, or to a target's part of S_in."""
+        if name not in self.grams:
+            self.grams[name] = PatchGram(windows.kernel_window, ones=ones)
+        self.grams[name].add(x)
 
     def _held(self, name: str, like: Tensor | None) -> Tensor:
         if name not in self.totals:
@@ -62,11 +96,9 @@ class Sums:
         return self.totals[name]
 
     def columns(self, name: str, exit: int) -> slice:
-        """The columns of M_prev or C that belong to one leaving bundle."""
+        """The columns of M_prev, N or C that belong to one leaving bundle."""
         widths = {t.name: t.width for t in self.geometry.targets}
-        sizes = [
-            way.block.width if name == "M_prev" else way.block.taps * widths[way.target] for way in self.geometry.exits
-        ]
+        sizes = [way.block.taps * widths[way.target] if name == "C" else way.block.width for way in self.geometry.exits]
         return slice(sum(sizes[:exit]), sum(sizes[: exit + 1]))
 
     def put(self, name: str, value: Tensor, rows: slice = ALL, columns: slice = ALL) -> None:
@@ -82,14 +114,11 @@ class Sums:
         accumulate(self._held(name, x)[rows, columns], x, y)
 
     def add_targets(self, fed: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> None:
-        """Adds to S_in, M and E: rows `fed[target] [rows, c]`, `g[target] [rows, O]` (rows: samples, positions)."""
-        row = column = 0
-        for target in self.geometry.targets:
-            c, o = slice(row, row + target.width), slice(column, column + target.outputs)
-            row, column = c.stop, o.stop
-            if "S_in" in self.want:
-                self.gram("S_in", fed[target.name], at=c)
-            if "M" in self.want:
-                self.cross("M", fed[target.name], g[target.name], c, o)
-            if "E" in self.want:
-                self.gram("E", g[target.name], at=o)
+        """Adds to S_in, M and E: `fed[target] [samples, c]`, `g[target] [samples, O]`."""
+        for name, (c, o) in self.ranges.items():
+            if "S_in" in self.want and name in fed:
+                self.gram("S_in", fed[name], at=c)
+            if "M" in self.want and name in fed:
+                self.cross("M", fed[name], g[name], c, o)
+            if "E" in self.want and name in g:
+                self.gram("E", g[name], at=o)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from irgrow.growth.conv_statistics import add_image_moments
+from irgrow.growth.conv_statistics import add_image_moments, add_image_residual
 from irgrow.growth.data import Data, Loss
 from irgrow.growth.data import batches as cut
 from irgrow.growth.geometry import Geometry
@@ -27,7 +27,6 @@ from irgrow.ir.pattern import Sparse
 from irgrow.ir.site import Site
 from irgrow.ir.statistics import MOMENTS, Statistics
 
-NEEDED_FOR_N = ("M_prev", "S_in", "M", "C")
 REDUCTIONS = ("mean", "sum")
 
 
@@ -49,18 +48,19 @@ def probe(
     *,
     sites: Iterable[str] | None = None,
     reduction: str = "mean",
-    want: Iterable[str] = ("S", *NEEDED_FOR_N),
+    want: Iterable[str] = ("S", "M_prev", "N"),
     batches: int | None = None,
     bias_row: bool | None = None,
     taps: str = "full",
     batch_size: int = 1024,
 ) -> dict[str, Statistics]:
-    """The statistics of each site (default: all sites), from one run over `data` in eval mode.
+    """The statistics of each site (default: all sites), all from one run over `data` in eval mode.
 
     `data`: `(inputs, targets)` or an iterable of such batches, inputs one tensor `[B, *shape]` or a tuple;
     pairs are cut into batches of `batch_size`. `loss(outputs, targets)` is what the model is trained with
     and `reduction` how it combines samples (`mean` or `sum`). `want`: the moments (a method's `needs`;
-    with none, the data is not read).
+    with none, the data is not read). `N` is what TINY needs: for image sites it is measured in a second
+    run over the data, with dW* from the first, because C would be far larger than N.
     `batches`: stop after that many. `bias_row`: whether the constant 1 belongs to b (default: where the
     grown group has a bias). `taps`: `centre` restricts fan-outs of convolutions to their centre tap.
 
@@ -74,9 +74,15 @@ def probe(
     gathering = Gathering(network, names, want=want, reduction=reduction, bias_row=bias_row, taps=taps)
     if not gathering.want:
         return gathering.statistics()
+    if gathering.twice and isinstance(data, Iterator):
+        data = list(data)
     with evaluating(model):
         for inputs, targets in islice(cut(data, batch_size, "probe"), batches):
             gathering.run(model, inputs, targets, loss)
+        if gathering.twice:
+            gathering.fix_moves()
+            for inputs, targets in islice(cut(data, batch_size, "probe"), batches):
+                gathering.run(model, inputs, targets, loss)
     return gathering.statistics()
 
 
@@ -90,11 +96,12 @@ class Gathering:
 
     network: Network
     names: Sequence[str]
-    want: Iterable[str] = ("S", *NEEDED_FOR_N)
+    want: Iterable[str] = ("S", "M_prev", "N")
     reduction: str = "mean"
     bias_row: bool | None = None
     taps: str = "full"
     n: int = 0
+    second: bool = False
     sums: dict[str, Sums] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,8 +109,8 @@ class Gathering:
         if not self.names:
             raise UnknownName("probe: sites", "no site", "at least one site that can grow")
         for name in self.want:
-            if name not in MOMENTS:
-                raise UnknownName(f"probe: moment {name!r}", expected=f"one of {', '.join(MOMENTS)}")
+            if name not in (*MOMENTS, "N"):
+                raise UnknownName(f"probe: moment {name!r}", expected=f"one of {', '.join((*MOMENTS, 'N'))}")
         if self.reduction not in REDUCTIONS:
             raise UnknownName(
                 f"probe: reduction {self.reduction!r}",
@@ -118,20 +125,39 @@ class Gathering:
             self.sums[name] = Sums(geometry, bias, frozenset(self.want))
 
     @property
+    def twice(self) -> bool:
+        """Whether some N needs a second run, after `fix_moves`."""
+        return any(sums.twice for sums in self.sums.values())
+
+    def fix_moves(self) -> None:
+        """Ends the first run: what is added from now on measures N with the dW* so far."""
+        if self.n == 0:
+            raise BadData("probe: data", "no samples", "at least one")
+        found = self.statistics()
+        self.second = True
+        for name, sums in self.sums.items():
+            if sums.twice:
+                sums.move = found[name].best_move
+
+    @property
+    def _active(self) -> list[Sums]:
+        """The sites that this run is for."""
+        return [s for s in self.sums.values() if s.twice or not self.second]
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The groups whose gradient is needed."""
-        if not {"M_prev", "M", "E"} & set(self.want):
-            return ()
-        return tuple(dict.fromkeys(t.name for s in self.sums.values() for t in s.geometry.targets))
+        needed = [s for s in self._active if {"M_prev", "M", "E"} & s.want]
+        return tuple(dict.fromkeys(t.name for s in needed for t in s.geometry.targets))
 
     @property
     def values(self) -> tuple[str, ...]:
         """The groups whose activations are needed, inputs included."""
         names: dict[str, None] = {}
-        for s in self.sums.values():
-            if {"S", "M_prev", "C"} & set(self.want):
+        for s in self._active:
+            if {"S", "M_prev", "C"} & s.want:
                 names.update(dict.fromkeys(e.source for e in s.geometry.entries))
-            if {"S_in", "M", "C"} & set(self.want):
+            if {"S_in", "M", "C"} & s.want:
                 names.update(dict.fromkeys(f.source for t in s.geometry.targets for f in t.feeding))
         return tuple(names)
 
@@ -177,12 +203,14 @@ class Gathering:
                 raise BadData(f"group {name!r}: gradient", "NaN or infinity", "finite values", do="check the loss")
         per_sample = {name: g * scale for name, g in gradients.items()}
         held = {name: value.detach() for name, value in values.items()}
-        for sums in self.sums.values():
+        for sums in self._active:
             if sums.geometry.flat:
                 add_flat_moments(sums, held, per_sample, count)
+            elif sums.move is None:
+                add_image_moments(sums, held, per_sample)
             else:
-                add_image_moments(sums, held, per_sample, count)
-        self.n += count
+                add_image_residual(sums, held, per_sample)
+        self.n += 0 if self.second else count
 
     def statistics(self) -> dict[str, Statistics]:
         """The means so far; BadData if no sample was added."""
@@ -193,6 +221,8 @@ class Gathering:
     def _statistics(self, name: str, sums: Sums) -> Statistics:
         geometry = sums.geometry
         moments = {k: sums.total(k) / self.n for k in sums.want}
+        if sums.move is not None:
+            moments["residual"] = sums.total("N") / self.n
         return Statistics(
             name,
             self.network.structure,

@@ -80,6 +80,7 @@ class Statistics:
     M: Tensor | None = None
     C: Tensor | None = None
     E: Tensor | None = None
+    residual: Tensor | None = None  # N where it was measured with this dW*, in a second run, instead of C
     activation: str = "identity"  # what a new unit's value goes through on its way along the site
     at_zero: float = 0.0  # its value where the unit's pre-activation is 0
     slope: float = 1.0  # and its derivative there (the right-hand one)
@@ -137,6 +138,8 @@ class Statistics:
     @cached_property
     def N(self) -> Tensor:
         """E[b v_perp^T] = -M_prev + C S_in^+ M `[b, g taps]`: what is left of the desired move after dW*."""
+        if self.residual is not None:
+            return self.residual
         self.need("M_prev", "C", "S_in", "M")
         assert self.M_prev is not None and self.C is not None
         left, features = [], self.C.shape[0]
@@ -154,6 +157,13 @@ class Statistics:
         same = (self.site, self.structure, self.fan_in, self.fan_out, self.feeding)
         if same != (other.site, other.structure, other.fan_in, other.fan_out, other.feeding):
             raise StaleMorphism(f"statistics of site {self.site!r}", "statistics of another site or structure")
+        if self.residual is not None or other.residual is not None:
+            raise BadData(
+                f"statistics of site {self.site!r}",
+                "N measured with the dW* of one part",
+                "C in both parts",
+                do="probe with want including 'C'",
+            )
         n = self.n + other.n
         moments: dict[str, Any] = {}
         for name in MOMENTS:

@@ -115,6 +115,24 @@ def mobile(activation: str = "tanh", seed: int = 0) -> Any:
     return b.build()
 
 
+def image_stream() -> Any:
+    """A residual stream of images: two entries, two exits, one of them strided."""
+    b = ig.Builder(dtype=DOUBLE)
+    b.input("x", (2, 6, 5))
+    b.group("one", (3, 6, 5), activation="tanh", bias=True)
+    b.connect("x", "one", ig.Conv2d(3, padding=1))
+    b.group("inner", (2, 6, 5), activation="tanh", bias=True)
+    b.connect("one", "inner", ig.Conv2d(3, padding=1))
+    b.group("two", (3, 6, 5), activation="gelu", bias=True)
+    b.connect("one", "two", ig.Identity())
+    b.connect("inner", "two", ig.Conv2d(3, padding=1))
+    b.group("last", (2, 3, 3), activation="tanh", bias=True)
+    b.connect("two", "last", ig.Conv2d(3, stride=2, padding=1))
+    b.output("out", 3, bias=True)
+    b.connect("last", "out")
+    return b.build()
+
+
 def grown_loss(network: Any, proposal: Any, data: tuple[Any, Tensor], loss: Any = F.cross_entropy) -> float:
     """The mean loss of the network with the proposal's units, by the interpreter."""
     inputs = data[0] if isinstance(data[0], tuple) else (data[0],)

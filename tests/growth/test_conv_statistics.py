@@ -6,13 +6,15 @@ import itertools
 
 import pytest
 import torch
-from growth_nets import DOUBLE, conv_pair, drawn, mobile, pooled, relative, residual
+from growth_nets import DOUBLE, conv_pair, drawn, image_stream, mobile, pooled, relative, residual
 from torch.nn import functional as F
 
 import irgrow as ig
 from irgrow.growth.methods.base import columns, proposal
 from irgrow.growth.probe import probe
-from irgrow.ir.errors import Refused
+from irgrow.ir.errors import BadData, Refused
+
+ALL = ("S", "M_prev", "S_in", "M", "C", "E")
 
 PAIRS = {
     "valid": (ig.Conv2d(3), ig.Conv2d(3)),
@@ -31,16 +33,18 @@ def fan_in_gradient(network, site, omega, statistics, data, taps):
     silent = proposal(method, statistics, torch.zeros(statistics.M_prev.shape[0], omega.shape[1], dtype=DOUBLE), omega)
     morphism = ig.AddUnits(silent)(network)
     morphism.verify()
-    names = [f"weight.{n}" for n in silent.fan_in] + ([] if silent.bias is None else [f"bias.{site}"])
-    tensors = {n: morphism.after.tensors()[n].clone().requires_grad_() for n in names}
+    biased = dict.fromkeys(network.bundles[n].target for n in silent.fan_in)  # a new unit's bias is one number
+    tensors = {f"weight.{n}": None for n in silent.fan_in} | {f"bias.{n}": None for n in biased}
+    tensors = {n: morphism.after.tensors()[n].clone().requires_grad_() for n in tensors}
     loss = F.cross_entropy(ig.interpret(morphism.after, data[0], tensors=tensors), data[1])
-    parts = []
-    for name, g in zip(names, torch.autograd.grad(loss, list(tensors.values())), strict=True):
-        owner = name.split(".")[1]
+    parts, bias = [], 0.0
+    for name, g in zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True):
         new = g[-omega.shape[1] :].reshape(omega.shape[1], -1)
-        assert owner in silent.fan_in or name == f"bias.{site}"
-        parts.append(new)
-    return torch.cat(parts, 1).mT
+        if name.startswith("bias."):
+            bias = bias + new
+        else:
+            parts.append(new)
+    return torch.cat([*parts, bias], 1).mT
 
 
 @pytest.mark.parametrize("taps", ["full", "centre"])
@@ -51,11 +55,17 @@ def test_gradient_of_new_filters_is_exact(pair, taps: str, activation: str) -> N
     check_gradient(network, "grown", taps)
 
 
-@pytest.mark.parametrize(
-    "network",
-    [pooled("mean", True), pooled("mean", False), pooled("mean", True, "gelu", norm="batch"), mobile(), residual()],
-    ids=["pool, flatten", "pool, conv", "batch norm", "depthwise", "residual stream"],
-)
+SITES = {
+    "pool, flatten": pooled("mean", True),
+    "pool, conv": pooled("mean", False),
+    "batch norm": pooled("mean", True, "gelu", norm="batch"),
+    "depthwise": mobile(),
+    "stream": residual(),
+    "image stream": image_stream(),
+}
+
+
+@pytest.mark.parametrize("network", SITES.values(), ids=SITES)
 def test_gradient_along_the_site_is_exact(network) -> None:
     for site in ig.Site.all(network):
         check_gradient(network, site.name, "full")
@@ -69,8 +79,6 @@ def check_gradient(network, site: str, taps: str) -> None:
     predicted = s.slope * s.M_prev @ omega
     expected = fan_in_gradient(network, site, omega, s, data, taps)
     assert float(expected.abs().max()) > 0
-    if len(ig.Site.of(network, site).entering) > 1:  # the bias of every entry group is the same new number
-        predicted, expected = predicted[:-1], expected[: predicted.shape[0] - 1]
     assert relative(predicted, expected) < 1e-10
 
 
@@ -79,7 +87,7 @@ def test_moments_from_the_edges(pair) -> None:
     """S, C and N by loops over the edges of the patterns."""
     network = conv_pair(*pair)
     data, model = drawn(network, 9), ig.compile(network)
-    s = probe(model, data, F.cross_entropy, sites=["grown"])["grown"]
+    s = probe(model, data, F.cross_entropy, sites=["grown"], want=ALL)["grown"]
     bundles = {b.target: b for b in network.bundles.values()}
     b = patches(data[0], bundles["grown"].pattern, network.groups["x"].shape)
     _, values = model.record(data[0], values=["grown"])
@@ -93,6 +101,31 @@ def test_moments_from_the_edges(pair) -> None:
     assert relative(s.C, C.flatten(1)) < 1e-12
     left = -s.M_prev.reshape(b.shape[1], 2, taps) - torch.einsum("ftc,oc->fot", C, s.best_move)
     assert relative(s.N, left.flatten(1)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["conv", "pool, flatten", "pool, conv", "depthwise", "stream"])
+@pytest.mark.parametrize("taps", ["full", "centre"])
+def test_N_in_a_second_run(kind: str, taps: str) -> None:
+    """Measured with dW* it is what -M_prev + C S_in^+ M says; data that can be read once is kept."""
+    networks = {
+        "conv": conv_pair(*PAIRS["strided second"]),
+        "pool, flatten": pooled("mean", True, "gelu"),
+        "pool, conv": pooled("max", False),
+        "depthwise": mobile(),
+        "stream": image_stream(),
+    }
+    network = networks[kind]
+    data, model = drawn(network, 60), ig.compile(network)
+    expected = probe(model, data, F.cross_entropy, want=ALL, taps=taps)
+    once = ((data[0][i : i + 20], data[1][i : i + 20]) for i in (0, 20, 40))
+    for site, s in probe(model, once, F.cross_entropy, want=["N"], taps=taps).items():
+        assert s.n == 60
+        assert (s.C is None) == any(block.taps > 1 for block in s.fan_out)
+        assert relative(s.N, expected[site].N) < 1e-8
+        assert relative(s.M_prev, expected[site].M_prev) < 1e-12
+    if s.residual is not None:
+        with pytest.raises(BadData, match="N measured with the dW"):
+            _ = s + s
 
 
 def patches(x, pattern, shape):
@@ -131,10 +164,10 @@ def test_restricted_form_lowers_the_bottleneck_exactly() -> None:
 def test_chunks_do_not_matter(monkeypatch) -> None:
     network = conv_pair(*PAIRS["same"])
     data, model = drawn(network, 7), ig.compile(network)
-    whole = probe(model, data, F.cross_entropy)["grown"]
+    whole = probe(model, data, F.cross_entropy, want=ALL)["grown"]
     monkeypatch.setattr("irgrow.growth.conv_statistics.MEMORY", 20_000)
-    small = probe(model, data, F.cross_entropy)["grown"]
-    for name in ("S", "M_prev", "S_in", "M", "C"):
+    small = probe(model, data, F.cross_entropy, want=ALL)["grown"]
+    for name in ALL:
         assert relative(getattr(small, name), getattr(whole, name)) < 1e-12
 
 

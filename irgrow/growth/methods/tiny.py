@@ -72,10 +72,12 @@ class Tiny:
         names = ["M_prev"]
         if self.use_S:
             names.append("S")
-        if self.projection or self.joint or self.delta == "apply":
-            names += ["S_in", "M"]
-        if self.projection or self.joint:
+        if self.projection:
+            names.append("N")
+        if self.joint:
             names.append("C")
+        if self.joint or self.delta == "apply":
+            names += ["S_in", "M"]
         if self.fisher:
             names.append("E")
         return tuple(names)
