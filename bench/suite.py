@@ -33,7 +33,7 @@ from bench.timing import Effort, Roof, Work, paired, quickest
 
 RESULTS = Path(__file__).parent / "results"
 LATEST = RESULTS / "latest.json"
-NOT_OPS = ("__main__", "suite", "timing", "plot", "nets", "engines")
+NOT_OPS = ("__main__", "suite", "timing", "plot", "nets", "engines", "memory")
 
 OURS = "ours"
 FINE, MISSED, WRONG, FAILED, SKIPPED = "fine", "missed", "WRONG", "FAILED", "skipped"
@@ -120,19 +120,26 @@ class Op:
         return (self.make.__doc__ or "").strip().splitlines()[0] if self.make.__doc__ else ""
 
     def selected(self, shapes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-        """The default cases with these values in place of theirs, each once. Misuse for an unknown name."""
+        """The default cases that hold one of the given values; for a value that none holds, all of them with it.
+
+        Misuse for a name that no case knows.
+        """
         known = sorted({key for case in self.cases for key in case})
-        for key in shapes:
+        found = [dict(case) for case in self.cases]
+        for key, values in shapes.items():
             if key not in known:
                 raise Misuse(f"{self.name} has no size {key!r}, expected one of {', '.join(known) or 'none'}")
-        found: list[dict[str, Any]] = []
-        for case in self.cases:
-            made = [dict(case)]
-            for key, values in shapes.items():
-                if key in case:
-                    made = [{**one, key: _like(value, case[key], key)} for one in made for value in values]
-            found += [one for one in made if one not in found]
+            made: list[dict[str, Any]] = []
+            for value in values:
+                like = [_like(value, case[key], key) for case in found if key in case]
+                held = [case for case, value in zip(_with(found, key), like, strict=True) if case[key] == value]
+                made += held or [{**case, key: v} for case, v in zip(_with(found, key), like, strict=True)]
+            found = [case for n, case in enumerate(made) if case not in made[:n]]
         return found
+
+
+def _with(cases: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    return [case for case in cases if key in case]
 
 
 _OPS: dict[str, Op] = {}
@@ -193,8 +200,10 @@ def run(
     say(text)
     say(header())
     for one, cases in todo:
+        if tiny:
+            cases = [{**case, **{k: v for k, v in one.tiny.items() if k in case}} for case in cases]
+            cases = [case for n, case in enumerate(cases) if case not in cases[:n]]
         for arguments in cases:
-            arguments = {**arguments, **{k: v for k, v in one.tiny.items() if k in arguments and tiny}}
             for row in _rows(one, arguments, device, effort, roof, tiny):
                 rows.append(replace(row, when=time.strftime("%Y-%m-%d %H:%M"), machine=text))
                 say(line(rows[-1]))
