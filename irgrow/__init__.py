@@ -42,6 +42,7 @@ _HOME = {
         "Freeze",
         "Unfreeze",
         "WidenUnits",
+        "Densify",
         "register",
     ),
     "irgrow.runtime.model": ("CompiledNetwork", "compile"),

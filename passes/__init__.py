@@ -11,7 +11,7 @@ from irgrow.passes.add_layer import AddLayer
 from irgrow.passes.add_units import AddUnits
 from irgrow.passes.base import Pass, Sequence, register, registered
 from irgrow.passes.edges import AddEdges, RemoveEdges
-from irgrow.passes.embed import EmbedConv
+from irgrow.passes.embed import Densify, EmbedConv
 from irgrow.passes.freeze import Freeze, Unfreeze
 from irgrow.passes.insert_edge import InsertOnEdge
 from irgrow.passes.insert_neuron import InsertNeuron
@@ -34,6 +34,7 @@ __all__ = [
     "AddResidual",
     "AddSkip",
     "AddUnits",
+    "Densify",
     "EmbedConv",
     "Freeze",
     "InsertNeuron",

@@ -81,21 +81,9 @@ class EmbedConv(Pass):
             raise Refused(
                 "EmbedConv", "nothing to embed", "a convolution" if not self.flatten else "a convolution or an image"
             )
-        loop = {name: n for n, (names, cyclic) in enumerate(network.components) if cyclic for name in names}
         for bundle in bundles:
             if self.to == "dense" and isinstance(bundle.pattern, Conv2d):
-                who = f"EmbedConv: bundle {bundle.name!r}"
-                if network.groups[bundle.target].aggregation == "max":
-                    raise Refused(
-                        who,
-                        f"its target {bundle.target!r} aggregates by max, where edges of weight 0 count",
-                        "a target that sums",
-                        do="use to='local'",
-                    )
-                if bundle.source in loop and loop[bundle.source] == loop.get(bundle.target):
-                    raise Refused(
-                        who, "a loop of groups, where dense edges could close a cycle", "none", do="use to='local'"
-                    )
+                refuse_dense(f"EmbedConv: bundle {bundle.name!r}", network, bundle, do="use to='local'")
 
     def _flat(self, network: Network) -> set[str]:
         """The groups that become flat."""
@@ -120,8 +108,9 @@ class EmbedConv(Pass):
 
     def rewrite(self, edit: Edit) -> None:
         before, flat = edit.before, self._flat(edit.before)
-        for name in flat:
-            edit.flatten(name, share=self.share_state)
+        for name in before.groups:
+            if name in flat:
+                edit.flatten(name, share=self.share_state)
         for bundle in self._bundles(before):
             pattern, ends = bundle.pattern, {bundle.source, bundle.target}
             shapes = before.shapes(bundle)
@@ -134,7 +123,7 @@ class EmbedConv(Pass):
                     new = Sparse(s, t)
                 else:
                     new = Local2d(**{f.name: getattr(pattern, f.name) for f in fields(Conv2d)})
-                edit.repattern(bundle.name, new, self._through(edit, bundle, new))
+                edit.repattern(bundle.name, new, _spread(edit, bundle, new, self.share_state))
             elif isinstance(pattern, Identity) and ends <= flat:
                 positions = before.groups[bundle.source].positions
                 edit.repattern(bundle.name, Identity(pattern.start * positions), edit.gathers(bundle.tensor)[0])
@@ -142,10 +131,67 @@ class EmbedConv(Pass):
                 one = Flat(bundle.tensor, (), (1,), torch.zeros(1, dtype=torch.long))
                 edit.repattern(bundle.name, pattern.to_sparse(*shapes), one)
 
-    def _through(self, edit: Edit, bundle: Bundle, new: Pattern) -> Gather:
-        between, after = edit.before.shapes(bundle), edit.shapes(bundle.name)
-        old_shape, shape = tuple(bundle.weight.shape), new.weight_shape(*after)
-        return Through(bundle.tensor, old_shape, shape, bundle.pattern, new, between, after, self.share_state)
+
+@register
+@dataclass(frozen=True)
+class Densify(Pass):
+    """The bundle is dense: the edges it lacked have weight 0, shared weights are free; outputs stay the same.
+
+        a --some edges--> b     becomes     a --dense W--> b     W[j, i] = the weight of edge i -> j, else 0
+
+    It takes the locality from one bundle, for example of an eLCN. Optimizer state stays where no tie breaks;
+    see EmbedConv for `share_state`.
+
+    Refused: a dense bundle, a target that aggregates by max, a bundle inside a loop of groups, tagged edges.
+    """
+
+    bundle: str
+    share_state: bool = False
+
+    @classmethod
+    def places(cls, network: Network) -> Iterator[Densify]:
+        for name in network.bundles:
+            candidate = cls(name)
+            try:
+                candidate.requires(network)
+            except Refused:
+                continue
+            yield candidate
+
+    def requires(self, network: Network) -> None:
+        bundle, who = network.bundle(self.bundle), f"Densify: bundle {self.bundle!r}"
+        if isinstance(bundle.pattern, Dense):
+            raise Refused(who, "a dense bundle", "one that lacks edges or shares weights")
+        if isinstance(bundle.pattern, Sparse) and bundle.pattern.tags:
+            raise Refused(
+                who, f"edges with tags {', '.join(bundle.pattern.tags)}", "edges without, since all would count"
+            )
+        refuse_dense(who, network, bundle, do=None)
+
+    def rewrite(self, edit: Edit) -> None:
+        bundle = edit.bundles[self.bundle]
+        edit.repattern(self.bundle, Dense(), _spread(edit, bundle, Dense(), self.share_state))
+
+
+def refuse_dense(who: str, network: Network, bundle: Bundle, do: str | None) -> None:
+    """Raises Refused where edges of weight 0 between all neurons of a bundle's ends would not be exact."""
+    if network.groups[bundle.target].aggregation == "max":
+        raise Refused(
+            who,
+            f"its target {bundle.target!r} aggregates by max, where edges of weight 0 count",
+            "a target that sums",
+            do=do,
+        )
+    for names, cyclic in network.components:
+        if cyclic and bundle.source in names and bundle.target in names:
+            raise Refused(who, "a loop of groups, where dense edges could close a cycle", "none", do=do)
+
+
+def _spread(edit: Edit, bundle: Bundle, new: Pattern, share: bool) -> Gather:
+    """The weights of a bundle of the network before, on the same edges of another pattern."""
+    between, after = edit.before.shapes(bundle), edit.shapes(bundle.name)
+    old_shape, shape = tuple(bundle.weight.shape), new.weight_shape(*after)
+    return Through(bundle.tensor, old_shape, shape, bundle.pattern, new, between, after, share)
 
 
 def local_masks(morphism: Morphism) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from irgrow.ir.interpreter import interpret
 from irgrow.ir.lineage import Through
 from irgrow.ir.morphism import Morphism, SameFunction
 from irgrow.ir.network import Network
-from irgrow.passes.embed import EmbedConv, deviation, local_masks, masked
+from irgrow.passes.embed import Densify, EmbedConv, deviation, local_masks, masked
 from irgrow.testing import assert_promise, gradients, inputs_for, networks, rewrites
 
 F64 = torch.float64
@@ -285,6 +285,41 @@ def test_masks_that_do_not_fit() -> None:
         deviation(after, {"weight.input_conv1": torch.ones(2, 2, dtype=torch.bool)})
     with pytest.raises(BadData, match="leaves out 'weight.input_conv1'"):
         deviation(after, {"weight.input_conv1": torch.ones(32, 16, dtype=torch.bool)}, ["weight.conv1_output"])
+
+
+# ---- one bundle -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_densify_at_every_place(name: str) -> None:
+    network = zoo()[name]
+    for place in Densify.places(network):
+        obey(place, network)
+
+
+def test_locality_goes_after_sharing() -> None:
+    """CNN -> eLCN -> eFCN, in two steps; the second breaks no tie and keeps optimizer state."""
+    network = one(*CONVOLUTIONS["rectangular, stride 2"])
+    local = EmbedConv("local")(network)
+    dense = Densify("x_h")(local.after)
+    assert dense.after == EmbedConv()(network).after
+    (gather,) = dense.lineage.gathers["weight.x_h"]
+    assert torch.equal(~gather.factor().isnan(), gather.covers())
+    whole = local >> dense
+    assert torch.equal(local_masks(whole)["weight.x_h"], local_masks(EmbedConv()(network))["weight.x_h"])
+
+
+def test_densify_refusals() -> None:
+    cnn, irregular = zoo()["cnn"], zoo()["irregular"]
+    with pytest.raises(Refused, match="Densify: bundle 'pool2_output': found a dense bundle"):
+        Densify("pool2_output")(cnn)
+    with pytest.raises(Refused, match="'conv1_pool1': found its target 'pool1' aggregates by max"):
+        Densify("conv1_pool1")(cnn)
+    with pytest.raises(UnknownName, match="bundle 'none'"):
+        Densify("none")(cnn)
+    tagged = next(b.name for b in irregular.bundles.values() if b.pattern.tags)
+    with pytest.raises(Refused, match="found edges with tags primary"):
+        Densify(tagged)(irregular)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------
