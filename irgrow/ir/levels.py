@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irgrow.ir.errors import CyclicNetwork
-from irgrow.ir.pattern import Dense, Identity, Sparse
+from irgrow.ir.pattern import Conv2d, Dense, Identity, Pattern, Shape, Sparse, Window, size
 from irgrow.kernels import graph
 
 if TYPE_CHECKING:
@@ -62,16 +62,31 @@ def levels(network: Network, inside: Mapping[tuple[str, ...], Rows] | None = Non
 
 def _deepen(network: Network, bundle: Bundle, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
     """Every neuron of `target` is at least one deeper than its parents in `source`."""
-    if isinstance(bundle.pattern, Dense):
-        if source.size:
-            np.maximum(target, source.max() + 1, out=target)
-    elif isinstance(bundle.pattern, Identity):
-        first = bundle.pattern.start * network.groups[bundle.source].positions
-        part = target[first : first + source.size]
-        np.maximum(part, source + 1, out=part)
+    np.maximum(target, largest_parent(bundle.pattern, *network.shapes(bundle), source) + 1, out=target)
+
+
+def largest_parent(pattern: Pattern, source: Shape, target: Shape, values: NDArray[np.int32]) -> NDArray[np.int32]:
+    """For every target neuron the largest value (>= 0) among its parents; -1 for one without parents.
+
+    Images are not walked edge by edge: a window reads the same positions of every channel.
+    """
+    out = np.full(size(target), -1, np.int32)
+    if isinstance(pattern, Dense):
+        out[:] = values.max(initial=-1)
+    elif isinstance(pattern, Identity):
+        first = pattern.start * size(source[1:])
+        out[first : first + values.size] = values
+    elif isinstance(pattern, Window):
+        groups = pattern.channel_groups if isinstance(pattern, Conv2d) else source[0]
+        by_group = values.reshape(groups, -1, size(source[1:])).max(1)
+        read, written, _ = pattern.taps(source)
+        best = np.full((groups, size(target[1:])), -1, np.int32)
+        np.maximum.at(best, (slice(None), written), by_group[:, read])
+        out = np.repeat(best, target[0] // groups, axis=0).ravel()
     else:
-        for s, t, _ in bundle.pattern.edges(*network.shapes(bundle)):
-            np.maximum.at(target, t, source[s] + 1)
+        for s, t, _ in pattern.edges(source, target):
+            np.maximum.at(out, t, values[s])
+    return out
 
 
 def inside_edges(

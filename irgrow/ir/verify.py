@@ -25,7 +25,7 @@ from irgrow.ir.errors import (
     Unreachable,
     WeightSize,
 )
-from irgrow.ir.levels import Rows, first_numbers, inside_edges, levels
+from irgrow.ir.levels import Rows, first_numbers, inside_edges, largest_parent, levels
 from irgrow.ir.network import Bundle, Group, Network
 from irgrow.ir.pattern import Dense, Local2d, Pattern, Shape, Sparse
 from irgrow.kernels import graph, reach
@@ -242,7 +242,8 @@ def _reachable(network: Network, inside: Mapping[tuple[str, ...], Rows]) -> None
             reached[name] = np.full(network.groups[name].neurons, name in network.inputs)
             for b in network.entering(name):
                 if b.source not in names:
-                    _spread(b.pattern, network.shapes(b), reached[b.source], reached[name])
+                    parents = largest_parent(b.pattern, *network.shapes(b), reached[b.source].astype(np.int32))
+                    reached[name] |= parents > 0
         if cyclic:
             first, _ = first_numbers(network, names)
             mask = reach.reached_by_children(*inside[names], np.concatenate([reached[name] for name in names]))
@@ -257,11 +258,3 @@ def _reachable(network: Network, inside: Mapping[tuple[str, ...], Rows]) -> None
                 "a path from an input to every output neuron",
                 do="connect it, or remove it",
             )
-
-
-def _spread(pattern: Pattern, shapes: tuple[Shape, Shape], source: np.ndarray, target: np.ndarray) -> None:
-    if isinstance(pattern, Dense):
-        target |= bool(source.any())
-        return
-    for s, t, _ in pattern.edges(*shapes):
-        target[t[source[s]]] = True
