@@ -27,7 +27,7 @@ from irgrow.ir.errors import (
 )
 from irgrow.ir.levels import Rows, first_numbers, inside_edges, largest_parent, levels
 from irgrow.ir.network import Bundle, Group, Network
-from irgrow.ir.pattern import Dense, Local2d, Pattern, Shape, Sparse
+from irgrow.ir.pattern import Local2d, Pattern, Shape, Sparse
 from irgrow.kernels import graph, reach
 from irgrow.kernels.activations import ACTIVATIONS
 
