@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irgrow.growth.geometry import Exit, Target, Windows
+from irgrow.growth.geometry import Exit, Target
 from irgrow.growth.moments import Sums
+from irgrow.growth.windows import Windows
 from irgrow.kernels.patches import patch_cross
 
 MEMORY = 1 << 26  # numbers held at once, about
@@ -148,18 +149,18 @@ def _spread_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tens
     geometry = sums.geometry
     height, width = geometry.network.groups[way.group].shape[1:]
     back = way.windows.spread(g, (height, width), way.block.tap)
-    at_entry = {name: geometry.carry_back(name, way.group, back) for name in {e.group for e in geometry.entries}}
+    at_entry = geometry.carry_back(way.group, back)
     rows = []
     for entry in geometry.entries:
         assert entry.windows is not None
-        spread = at_entry[entry.group]
+        spread = at_entry.get(entry.group)
         if spread is None:
             rows.append(back.new_zeros(entry.block.width, back.shape[1], dtype=torch.float64))
         else:
             rows.append(_patch_cross(values[entry.source], spread, entry.windows))
     if sums.bias:
-        ones = [at_entry[name] for name in geometry.biased or (geometry.entries[0].group,)]
-        reached = [s.sum((0, 2, 3), dtype=torch.float64) for s in ones if s is not None]
+        groups = [n for n in geometry.biased or (geometry.entries[0].group,) if n in at_entry]
+        reached = [at_entry[name].sum((0, 2, 3), dtype=torch.float64) for name in groups]
         rows.append(sum(reached, back.new_zeros(back.shape[1], dtype=torch.float64))[None])
     return torch.cat(rows)
 

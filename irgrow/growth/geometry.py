@@ -21,78 +21,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from irgrow.growth.windows import Windows
 from irgrow.ir.errors import Refused
 from irgrow.ir.network import Bundle, Network
-from irgrow.ir.pattern import Conv2d, Dense, Identity, Local2d, Pair, Pool2d, Sparse, size
+from irgrow.ir.pattern import Conv2d, Dense, Identity, Local2d, Pool2d, Shape, Sparse, size
 from irgrow.ir.site import Site, _ties
 from irgrow.ir.statistics import Block
 from irgrow.ir.units import UnitMap, blocks
-from irgrow.kernels.patches import Window
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The kernel, stride, padding and dilation of a convolution."""
-
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-
-    @staticmethod
-    def of(pattern: Conv2d | Pool2d) -> Windows:
-        return Windows(pattern.kernel, pattern.stride, pattern.padding, pattern.dilation)
-
-    @property
-    def taps(self) -> int:
-        return math.prod(self.kernel)
-
-    @property
-    def kernel_window(self) -> Window:
-        """The same for the kernels of irgrow.kernels.patches."""
-        return Window(self.kernel, self.stride, self.padding, self.dilation)
-
-    @property
-    def centre(self) -> int:
-        """The tap that a new channel of a depthwise convolution, or the restricted form, uses."""
-        return (self.kernel[0] // 2) * self.kernel[1] + self.kernel[1] // 2
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """Patches `[B, C * taps, positions]` of images `[B, C, H, W]`, channels slowest (as weights are flattened)."""
-        return F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
-
-    def pick(self, x: Tensor, tap: int) -> Tensor:
-        """`[B, C, Ho, Wo]`: what one tap reads of images `[B, C, H, W]`; 0 where it reads padding."""
-        kernel = x.new_zeros(self.taps)
-        kernel[tap] = 1.0
-        return self._depthwise(x, kernel)
-
-    def spread(self, g: Tensor, shape: Pair, tap: int | None) -> Tensor:
-        """The transpose: `[B, O, Ho, Wo]` -> `[B, O * taps, *shape]`: what each tap hands back to what it read.
-
-        Of one tap only, if it is given.
-        """
-        count = self.taps if tap is None else 1
-        kernel = torch.eye(self.taps, dtype=g.dtype, device=g.device)
-        kernel = kernel if tap is None else kernel[tap : tap + 1]
-        weight = kernel.reshape(1, count, *self.kernel).expand(g.shape[1], count, *self.kernel)
-        rest = []  # pixels behind the last window
-        for a in (0, 1):
-            used = (g.shape[2 + a] - 1) * self.stride[a] + self.dilation[a] * (self.kernel[a] - 1) + 1
-            rest.append(shape[a] + 2 * self.padding[a] - used)
-        return F.conv_transpose2d(g, weight, None, self.stride, self.padding, rest, g.shape[1], self.dilation)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """`[B, C, Ho, Wo]`: the sum over each window."""
-        return self._depthwise(x, x.new_ones(self.taps))
-
-    def _depthwise(self, x: Tensor, kernel: Tensor) -> Tensor:
-        channels = x.shape[1]
-        weight = kernel.reshape(1, 1, *self.kernel).expand(channels, 1, *self.kernel)
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, channels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +89,26 @@ class Step:
     maximum: bool
 
     def __call__(self, x: Tensor) -> Tensor:
+        """What `group` gets from the source's value `[B, K, *positions]`."""
         if self.windows is None:
             return _times(x, self.weight)
         if self.depthwise:
             return self.windows.pick(x, self.windows.centre)
-        if self.maximum:
-            return self.windows.sum(x) / self.windows.sum(torch.ones_like(x[:1, :1])) * self.weight
-        return self.windows.sum(x) * self.weight
+        return self.windows.sum(x) * self._scale(x)
+
+    def back(self, g: Tensor, shape: Shape) -> Tensor:
+        """The transpose: what the source (positions `shape`) gets back from `g [B, K, *positions]`."""
+        if self.windows is None:
+            return _times(g, self.weight)
+        image = shape[0], shape[1]
+        if self.depthwise:
+            return self.windows.spread(g, image, self.windows.centre)
+        return self.windows.share(g * self._scale(g.new_empty(1, 1, *shape)), image)
+
+    def _scale(self, x: Tensor) -> Tensor | float:
+        """What a sum over windows of x is multiplied by: for a maximum, one over the number of pixels."""
+        assert self.windows is not None
+        return self.weight / self.windows.sum(torch.ones_like(x[:1, :1])) if self.maximum else self.weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -376,15 +326,17 @@ class Geometry:
                 values[step.group] = through if held is None else held + through
         return {name: _times(value, 1.0 / (self.slope or 1.0)) for name, value in values.items()}
 
-    def carry_back(self, entry: str, exit: str, g: Tensor) -> Tensor | None:
-        """The transpose of `carry` between two groups: `g [B, K, *positions]` at the exit -> at the entry."""
-        if entry == exit and not self.steps and self.slopes[entry] == self.slope:
-            return g
-        shape = self.network.groups[entry].shape[1:]
-        with torch.enable_grad():
-            at_entry = g.new_zeros(*g.shape[:2], *shape).requires_grad_()
-            reached = self.carry(entry, at_entry).get(exit)
-            return None if reached is None else torch.autograd.grad(reached, at_entry, g)[0]
+    def carry_back(self, exit: str, g: Tensor) -> dict[str, Tensor]:
+        """The transpose of `carry`: `g [B, K, *positions]` at an exit -> at every entry group that reaches it."""
+        factor = {name: slope or 1.0 for name, slope in self.slopes.items()}
+        found = {exit: _times(g, factor[exit] / (self.slope or 1.0))}
+        for step in reversed(self.steps):
+            if step.group in found:
+                shape = self.network.groups[step.source].shape[1:]
+                back = _times(step.back(found[step.group], shape), factor[step.source])
+                held = found.get(step.source)
+                found[step.source] = back if held is None else held + back
+        return {e.group: found[e.group] for e in self.entries if e.group in found}
 
     def _unfit(self, bundle: Bundle, how: str) -> Refused:
         return Refused(

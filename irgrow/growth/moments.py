@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from irgrow.growth.geometry import Geometry, Windows
+from irgrow.growth.geometry import Geometry
+from irgrow.growth.windows import Windows
 from irgrow.ir.statistics import Block
 from irgrow.kernels.outer import accumulate, accumulate_gram, mirror
 from irgrow.kernels.patches import PatchGram
