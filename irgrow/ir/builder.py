@@ -111,8 +111,9 @@ class Builder:
     ) -> str:
         """A bundle between two groups (default Dense), or one edge `connect(u, v, w)` between two neurons.
 
-        Without `weight`, Identity and Pool2d get the fixed weight 1 and other patterns are drawn. Returns
-        the bundle's name.
+        Without `weight`, Identity and Pool2d get the weight 1 and other patterns are drawn. Weights are
+        trained unless `trainable=False`; those of Identity and Pool2d are fixed unless `trainable=True`.
+        Returns the bundle's name.
         """
         if isinstance(source, int) or isinstance(target, int):
             value = weight if weight is not None else pattern if pattern is not None else 1.0
@@ -128,8 +129,8 @@ class Builder:
         shapes = self._groups[source].shape, self._groups[target].shape
         pattern.check(*shapes)
         wanted = pattern.weight_shape(*shapes)
-        if weight is None and wanted == ():
-            weight, trainable = 1.0, bool(trainable)
+        if wanted == ():
+            weight, trainable = 1.0 if weight is None else weight, bool(trainable)
         if isinstance(weight, (int, float)):
             weight = torch.full(wanted, float(weight), dtype=self._dtype)
         value = self._drawn(pattern, shapes, target) if weight is None else weight.detach().clone().to(self._dtype)

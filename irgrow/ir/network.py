@@ -393,13 +393,13 @@ class Network:
         digest = hashlib.sha256()
         digest.update(json.dumps(self.describe(), sort_keys=True).encode())
         for group in self.groups.values():
-            digest.update(np.ascontiguousarray(group.serials).data)
+            digest.update(np.ascontiguousarray(group.serials, np.int64).data)
         for bundle in self.bundles.values():
             if isinstance(bundle.pattern, Sparse):
                 for array in (bundle.pattern.source, bundle.pattern.target, bundle.pattern.weight_index):
                     if array is not None:
                         digest.update(np.ascontiguousarray(array).data)
-                for tag in bundle.pattern.tags.values():
+                for _, tag in sorted(bundle.pattern.tags.items()):
                     digest.update(np.ascontiguousarray(tag).data)
         return digest.hexdigest()[:32]
 

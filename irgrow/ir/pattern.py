@@ -124,15 +124,12 @@ class Sparse(Pattern):
                     f"{array.dtype} of shape {array.shape}",
                     f"a flat integer array of {np.asarray(self.source).size} entries, one per edge",
                 )
-            if array.dtype != np.int32:
-                if array.size and (array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min):
-                    raise BadShape(f"Sparse: {name}", f"a value of {array.max()}", "indices below 2**31")
-                array = array.astype(np.int32)
-            object.__setattr__(self, name, np.ascontiguousarray(array))
+            object.__setattr__(self, name, _int32(f"Sparse: {name}", array))
         tags = {name: np.asarray(tag) for name, tag in self.tags.items()}
         for name, tag in tags.items():
             if tag.shape != self.source.shape or tag.dtype.kind not in "iu":
                 raise BadShape(f"Sparse: tag {name!r}", f"{tag.dtype} of shape {tag.shape}", "one integer per edge")
+            tags[name] = _int32(f"Sparse: tag {name!r}", tag)
         object.__setattr__(self, "tags", tags)
         if self.weight_index is None:
             object.__setattr__(self, "weights", self.source.size)
@@ -184,6 +181,13 @@ class Sparse(Pattern):
     def index(self) -> NDArray[np.integer]:
         """The weight index of every edge, ties or not."""
         return np.arange(self.source.size, dtype=np.int32) if self.weight_index is None else self.weight_index
+
+
+def _int32(who: str, array: NDArray[np.integer]) -> NDArray[np.int32]:
+    limits = np.iinfo(np.int32)
+    if array.dtype != np.int32 and array.size and (array.max() > limits.max or array.min() < limits.min):
+        raise BadShape(who, f"a value of {max(array.max(), array.min(), key=abs)}", "integers of 32 bits")
+    return np.ascontiguousarray(array, np.int32)
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,7 @@ class Conv2d(Window):
         return self.channel_groups > 1
 
     def __str__(self) -> str:
-        return _window_text("conv", self) + (f" groups {self.channel_groups}" if self.channel_groups > 1 else "")
+        return _window_text("conv", self) + (f" channel groups {self.channel_groups}" if self.channel_groups > 1 else "")
 
     def depthwise(self, source: Shape) -> bool:
         """Whether every input channel has output channels of its own."""
@@ -323,7 +327,7 @@ class Local2d(Conv2d):
     """
 
     def __str__(self) -> str:
-        return _window_text("local", self) + (f" groups {self.channel_groups}" if self.channel_groups > 1 else "")
+        return _window_text("local", self) + (f" channel groups {self.channel_groups}" if self.channel_groups > 1 else "")
 
     def weight_shape(self, source: Shape, target: Shape) -> Shape:
         return (*super().weight_shape(source, target), *target[1:])
