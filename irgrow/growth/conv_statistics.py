@@ -25,9 +25,11 @@ from torch import Tensor
 from irgrow.growth.geometry import Exit, Target
 from irgrow.growth.moments import Sums
 from irgrow.growth.windows import Windows
+from irgrow.kernels.outer import accumulate
 from irgrow.kernels.patches import patch_cross
 
 MEMORY = 1 << 26  # numbers held at once, about
+PER_MULTIPLY = 0.03  # what a multiply-add costs beside a number read or written
 
 
 def add_image_moments(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> None:
@@ -104,7 +106,7 @@ def _add_shared_target(sums: Sums, target: Target, values: Mapping[str, Tensor],
             sums.put("M", product, slice(at, at + f.block.width), rows)
             at += f.block.width
         if target.bias:
-            total = g[target.name].sum((0, 2, 3), dtype=torch.float64)
+            total = g[target.name].sum((2, 3)).sum(0, dtype=torch.float64)
             sums.put("M", total[None], slice(at, at + 1), rows)
 
 
@@ -138,8 +140,10 @@ def _add_products(sums: Sums, name: str, values: Mapping[str, Tensor], g: Mappin
             here = {n: v[part] for n, v in values.items()}
             if way.windows is None:
                 product = _flattened_product(sums, way, here, g[way.target][part])
-            else:
+            elif _spreading_pays(sums, way):
                 product = _spread_product(sums, way, here, g[way.target][part])
+            else:
+                product = _read_product(sums, way, here, g[way.target][part])
             sums.put(name, sign * product, columns=columns)
 
 
@@ -160,9 +164,25 @@ def _spread_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tens
             rows.append(_patch_cross(values[entry.source], spread, entry.windows))
     if sums.bias:
         groups = [n for n in geometry.biased or (geometry.entries[0].group,) if n in at_entry]
-        reached = [at_entry[name].sum((0, 2, 3), dtype=torch.float64) for name in groups]
+        reached = [at_entry[name].sum((2, 3)).sum(0, dtype=torch.float64) for name in groups]
         rows.append(sum(reached, back.new_zeros(back.shape[1], dtype=torch.float64))[None])
     return torch.cat(rows)
+
+
+def _read_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
+    """The same from unfolded features: cheaper where pooling or strides leave few positions."""
+    product = _summed(_read(way, _features(sums, values)[way.group]), g.flatten(2))
+    return product.reshape(sums.features, way.block.taps, way.block.outputs).mT.reshape(sums.features, -1)
+
+
+def _spreading_pays(sums: Sums, way: Exit) -> bool:
+    """Whether gradients spread over entry positions cost less than features gathered at target positions."""
+    groups = sums.geometry.network.groups
+    entry, exit, target = (groups[n].positions for n in (sums.geometry.entries[0].group, way.group, way.target))
+    b, columns, taps = sums.features, way.block.width, way.block.taps
+    spread = 2 * b * columns * entry * PER_MULTIPLY + 3 * columns * (exit + (entry if sums.geometry.steps else 0))
+    read = 2 * b * columns * target * PER_MULTIPLY + 3 * b * (entry + exit + taps * target)
+    return spread < read
 
 
 def _flattened_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
@@ -188,10 +208,14 @@ def _add_unfolded(sums: Sums, values: Mapping[str, Tensor], direct: bool) -> Non
         if way.windows is None:
             product = b.flatten(1).mT @ _flat_feeding(target, values)
         else:
-            tap = way.block.tap
-            read = way.windows.unfold(b) if tap is None else way.windows.pick(b, tap).flatten(2)
-            product = torch.bmm(read, _shared_feeding(sums, target, values).mT).sum(0, dtype=torch.float64)
+            product = _summed(_read(way, b), _shared_feeding(sums, target, values))
         sums.put("C", product.reshape(sums.features, -1), columns=sums.columns("C", at))
+
+
+def _read(way: Exit, b: Tensor) -> Tensor:
+    """What the taps of a leaving convolution read of `b [B, F, H, W]`: `[B, F * taps, positions]`."""
+    assert way.windows is not None
+    return way.windows.unfold(b) if way.block.tap is None else way.windows.pick(b, way.block.tap).flatten(2)
 
 
 def _features(sums: Sums, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -238,8 +262,14 @@ def _patch_cross(x: Tensor, y: Tensor, w: Windows) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`[B, width, *positions]` as rows `[B * positions, width]`."""
-    return x.flatten(2).mT.reshape(-1, x.shape[1])
+    """`[B, width, *positions]` as rows `[B * positions, width]`, feature-major in memory."""
+    return x.flatten(2).transpose(0, 1).reshape(x.shape[1], -1).mT
+
+
+def _summed(x: Tensor, y: Tensor) -> Tensor:
+    """The sum over samples and positions of x y^T in float64: `[B, X, R]`, `[B, Y, R]` -> `[X, Y]`."""
+    total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+    return accumulate(total, _rows(x), _rows(y))
 
 
 def _parts(sums: Sums, values: Mapping[str, Tensor]) -> Iterator[slice]:

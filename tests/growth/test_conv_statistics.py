@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import irgrow as ig
 from irgrow.growth.methods.base import columns, proposal
 from irgrow.growth.probe import probe
+from irgrow.growth.windows import Windows
 from irgrow.ir.errors import BadData, Refused
 
 ALL = ("S", "M_prev", "S_in", "M", "C", "E")
@@ -204,3 +205,38 @@ def test_every_method_fits_image_sites(taps: str, method) -> None:
             morphism = ig.AddUnits(how.propose(s))(network)
             morphism.verify()
             assert morphism.after.groups[name].units == network.groups[name].units + 2
+
+
+@pytest.mark.parametrize("kind", ["same", "strided second", "dilated"])
+def test_both_ways_of_multiplying_agree(kind: str, monkeypatch) -> None:
+    """Gradients spread over entry positions, or features gathered at target positions."""
+    for network in (conv_pair(*PAIRS[kind]), pooled("max", False), image_stream()):
+        data, model, found = drawn(network, 5), ig.compile(network), []
+        for pays in (True, False):
+            monkeypatch.setattr("irgrow.growth.conv_statistics._spreading_pays", lambda sums, way, pays=pays: pays)
+            found.append(probe(model, data, F.cross_entropy, want=["M_prev"]))
+        for site, s in found[0].items():
+            assert relative(s.M_prev, found[1][site].M_prev) < 1e-12
+
+
+@pytest.mark.parametrize("image", [(7, 6), (4, 9)])
+@pytest.mark.parametrize(
+    "windows",
+    [
+        Windows((3, 2), (2, 1), (1, 0), (1, 2)),
+        Windows((2, 2), (2, 2), (0, 0), (1, 1)),
+        Windows((3, 3), (1, 1), (2, 2), (2, 2)),
+    ],
+)
+def test_windows_and_their_transposes(image, windows) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, *image, generator=draw, dtype=DOUBLE)
+    unfolded = windows.unfold(x).reshape(2, 3, windows.taps, *windows.output(image))
+    g = torch.randn(2, 3, *windows.output(image), generator=draw, dtype=DOUBLE)
+    spread = windows.spread(g, image, None).reshape(2, 3, windows.taps, *image)
+    for tap in range(windows.taps):
+        assert torch.equal(windows.pick(x, tap), unfolded[:, :, tap])
+        assert torch.equal(windows.spread(g, image, tap), spread[:, :, tap])
+        assert relative((windows.pick(x, tap) * g).sum(), (x * spread[:, :, tap]).sum()) < 1e-12
+    assert relative(windows.sum(x), unfolded.sum(2)) < 1e-12
+    assert relative((windows.sum(x) * g).sum(), (x * windows.share(g, image)).sum()) < 1e-12
