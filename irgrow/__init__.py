@@ -46,7 +46,7 @@ _HOME = {
         "register",
     ),
     "irgrow.runtime.model": ("CompiledNetwork", "compile"),
-    "irgrow.growth.probe": ("probe",),
+    "irgrow.growth.probe": ("probe", "Gathering"),
     "irgrow.growth.refine": ("refine",),
     "irgrow.growth.fit": ("fit", "Growth", "History"),
     "irgrow.growth.methods": (

@@ -90,8 +90,18 @@ def probe(
 class Gathering:
     """Sums over samples for several sites at once; `run` adds a batch, `statistics` reads them.
 
-    Also for ordinary training steps: `shifts = g.shifts(batch)`, `outputs, values = model.record(*inputs,
-    values=g.values, shifts=shifts)`, `loss.backward()`, `g.add(values, shifts)`.
+    Also for ordinary training steps, so that growing needs no run over the data of its own:
+
+        gathering = Gathering(model.structure, ["hidden"], want=how.needs, single_run=True)
+        for x, y in loader:
+            outputs = gathering.forward(model, x)      # instead of model(x)
+            loss(outputs, y).backward()
+            gathering.collect()
+            optimizer.step()
+        proposal = how.propose(gathering.statistics()["hidden"])
+
+    Such statistics mix the weights of all those steps, and are in train mode (dropout, batch norm of batches).
+    `single_run=True` takes N from C for image sites too, which may be large.
     """
 
     network: Network
@@ -100,6 +110,7 @@ class Gathering:
     reduction: str = "mean"
     bias_row: bool | None = None
     taps: str = "full"
+    single_run: bool = False
     n: int = 0
     second: bool = False
     sums: dict[str, Sums] = field(default_factory=dict)
@@ -122,7 +133,9 @@ class Gathering:
         for name in self.names:
             geometry = Geometry(self.network, Site.of(self.network, name), self.taps)
             bias = bool(geometry.biased) if self.bias_row is None else self.bias_row
-            self.sums[name] = Sums(geometry, bias, frozenset(self.want))
+            want = {*self.want, "C"} if self.single_run and "N" in self.want else set(self.want)
+            self.sums[name] = Sums(geometry, bias, frozenset(want))
+        self._waiting: tuple[dict[str, Tensor], dict[str, Tensor], int] | None = None
 
     @property
     def twice(self) -> bool:
@@ -165,6 +178,22 @@ class Gathering:
         """Zero shifts `[count, *shape]` for every target, to be given to `record`."""
         shapes = {name: self.network.groups[name].shape for name in self.targets}
         return {n: like.new_zeros(count, *shape).requires_grad_() for n, shape in shapes.items()}
+
+    def forward(self, model: Recordable, *inputs: Tensor) -> Any:
+        """The model's outputs, as `model(*inputs)`; `collect` after the backward adds this batch."""
+        count = inputs[0].shape[0]
+        shifts = self.shifts(count, inputs[0])
+        outputs, values = model.record(*inputs, values=self.values, shifts=shifts)
+        self._waiting = (values, shifts, count)
+        return outputs
+
+    def collect(self) -> None:
+        """Adds the batch of the last `forward`, whose loss has been differentiated since."""
+        if self._waiting is None:
+            raise BadData("gathering: collect", "no batch", "forward, then loss.backward(), before each collect")
+        (values, shifts, count), self._waiting = self._waiting, None
+        gradients = {n: torch.zeros_like(s) if s.grad is None else s.grad for n, s in shifts.items()}
+        self.add(values, gradients, count)
 
     def run(self, model: Recordable, inputs: tuple[Tensor, ...], targets: Tensor, loss: Loss) -> None:
         """Adds a batch: one forward, one backward."""

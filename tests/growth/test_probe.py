@@ -9,7 +9,7 @@ from growth_nets import DOUBLE, conv_pair, drawn, forked, mlp, pooled, relative,
 from torch.nn import functional as F
 
 import irgrow as ig
-from irgrow.growth.probe import probe
+from irgrow.growth.probe import Gathering, probe
 from irgrow.ir.errors import BadData, Refused, UnknownName
 from irgrow.ir.interpreter import interpret_groups
 
@@ -219,3 +219,28 @@ def test_refusals() -> None:
         probe(model, (data[0], data[1][:3]), F.cross_entropy)
     with pytest.raises(Refused, match="layer norm, where a new unit changes the old ones"):
         probe(ig.compile(ig.mlp([6, 5, 3], norm="layer", dtype=DOUBLE)), data, F.cross_entropy)
+
+
+@pytest.mark.parametrize("network", [mlp("relu"), conv_pair(ig.Conv2d(3), ig.Conv2d(3))])
+def test_statistics_from_training_steps(network) -> None:
+    """With a learning rate of zero they are those of `probe`; the weights' gradients are the usual ones."""
+    model, data, twin = ig.compile(network), drawn(network, 24), ig.compile(network)
+    gathering = Gathering(model.structure, [next(iter(probe(model, data, F.cross_entropy)))], single_run=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for i in range(0, 24, 8):
+        x, y = data[0][i : i + 8], data[1][i : i + 8]
+        optimizer.zero_grad()
+        F.cross_entropy(gathering.forward(model, x), y).backward()
+        twin.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        for name, p in twin.tensors().items():
+            assert relative(model.tensors()[name].grad, p.grad) < 1e-12
+        gathering.collect()
+        optimizer.step()
+    for site, s in gathering.statistics().items():
+        expected = probe(model, data, F.cross_entropy)[site]
+        assert s.n == 24
+        for name in ("S", "M_prev", "N"):
+            assert relative(getattr(s, name), getattr(expected, name)) < 1e-8
+    with pytest.raises(BadData, match="gathering: collect: found no batch"):
+        gathering.collect()
