@@ -16,6 +16,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench import timing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for one in suite.ops().values():
                 print(f"{one.name:<17} {', '.join(one.devices):<10} {one.summary}")
             return 0
+        roof = timing.Roof(arguments.device)
         names = [name for given in arguments.op for name in given.split(",")]
         rows = suite.run(
             names,
@@ -40,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shapes=_shapes(arguments.shapes),
             effort=timing.Effort(seconds=arguments.seconds),
             tiny=arguments.tiny,
+            roof=roof,
         )
     except suite.Misuse as mistake:
         print(f"irgrow bench: error: {mistake}", file=sys.stderr)
@@ -49,15 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = arguments.json or suite.LATEST
         suite.write(rows, path, keep=bool(names) and arguments.json is None)
         print(f"rows: {path}")
-        _plot(path)
+        _plot(path, roof)
     return 1 if any(row.failed for row in rows) else 0
 
 
-def _plot(path: Path) -> None:
+def _plot(path: Path, roof: timing.Roof) -> None:
     from bench import plot, suite
 
     try:
-        made = plot.roofline(suite.read(path), path.with_name("roofline.png"))
+        made = plot.roofline(suite.read(path), path.with_name("roofline.png"), roof=roof)
     except ModuleNotFoundError as problem:
         print(f"no plot: {problem.name} is not installed")
         return

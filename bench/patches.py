@@ -37,14 +37,15 @@ def patches(*, what: str, batch: int, channels: int, size: int, device: str) -> 
     else:
         flops, moved = kernel.cross_cost(shape, channels, window)
     label = f"{what}, {batch}x{channels}x{size}x{size}, 3x3"
-    yield Case(
-        label,
-        ours=_ours(what, images),
-        opponents={"unfold + GEMM": _unfolded(what, images), "unfold + GEMM per image": _one_by_one(what, images)},
-        tolerance=1e-5,
-        goal=GOAL if full_size else None,
-        cost=(flops, moved),
-    )
+    for name, opponent, goal in (("", _unfolded, GOAL), (" per image", _one_by_one, None)):
+        yield Case(
+            label,
+            ours=_ours(what, images),
+            opponents={f"unfold + GEMM{name}": opponent(what, images)},
+            tolerance=1e-5,
+            goal=goal if full_size else None,
+            cost=(flops, moved),
+        )
     if device == "cpu":
         arguments = {"what": what, "batch": batch, "channels": channels, "size": size}
         mine, theirs = (peak_bytes("bench.patches", name, arguments)[0] for name in ("ours_alone", "unfolded_alone"))

@@ -30,12 +30,13 @@ def roofline(rows: Sequence[Row], path: Path, *, roof: Roof | None = None) -> Pa
     figure, axes = pyplot.subplots(figsize=(10, 6.2), layout="constrained")
     across = [row.flops / row.bytes for row in shown if row.flops and row.bytes]
     left, right = min(0.1, min(across) / 2), max(1000.0, 2 * max(across))
+    peak = roof.flops()
     for bandwidth, name, style in (
         (roof.memory, "main memory", "-"),
-        (roof.bandwidth(2**19), "caches", "--"),
+        (roof.bandwidth(2**19), "cache", "--"),
     ):
-        knee = roof.flops / bandwidth
-        axes.plot([left, knee], [left * bandwidth / 1e9, roof.flops / 1e9], style, color="black", linewidth=1.2)
+        knee = peak / bandwidth
+        axes.plot([left, knee], [left * bandwidth / 1e9, peak / 1e9], style, color="black", linewidth=1.2)
         angle_at = left * 1.3
         axes.annotate(
             f"{name}: {bandwidth / 1e9:.0f} GB/s",
@@ -45,10 +46,10 @@ def roofline(rows: Sequence[Row], path: Path, *, roof: Roof | None = None) -> Pa
             xytext=(4, -10),
             textcoords="offset points",
         )
-    axes.plot([roof.flops / roof.bandwidth(2**19), right], [roof.flops / 1e9] * 2, color="black", linewidth=1.2)
+    axes.plot([peak / roof.bandwidth(2**19), right], [peak / 1e9] * 2, color="black", linewidth=1.2)
     axes.annotate(
-        f"matrix product, float32: {roof.flops / 1e9:.0f} Gflop/s",
-        (right, roof.flops / 1e9),
+        f"matrix product, float32: {peak / 1e9:.0f} Gflop/s",
+        (right, peak / 1e9),
         ha="right",
         xytext=(-4, 5),
         textcoords="offset points",

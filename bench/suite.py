@@ -52,9 +52,9 @@ class Case:
     """Our work and its opponents', ready to run.
 
     What they return is compared with `reference()`, or where there is none with what ours returns (tensors,
-    arrays, numbers, nested); relative difference: max|a - b| / max|b|, the worst part counts. `cost`: flops and
-    bytes that cannot be avoided. `prepare`: called, untimed, before each call of ours, which takes its result.
-    `threads`: the numbers of torch threads that opponents may choose from (ours runs with the session's).
+    arrays, numbers, nested); relative difference: max|a - b| / max|b|, the worst part counts. `cost`: flops (in
+    `precision`) and bytes that cannot be avoided. `prepare`: called, untimed, before each call of ours, which takes
+    its result. `threads`: the numbers of torch threads that opponents may choose from (ours runs with the session's).
     """
 
     case: str
@@ -64,10 +64,11 @@ class Case:
     reference: Work | None = None
     goal: float | None = None
     cost: tuple[float, float] | None = None
+    precision: str = "float32"
     threads: Sequence[int] = ()
     prepare: Work | None = None
     view: Callable[[str, Any], Any] | None = None  # view(name, result): what of a result is compared
-    compares: bool = True  # False: there is nothing to compare (two ways to spend time, not to get a result)
+    same: bool = True  # False: the opponents do other work; ours alone is compared, with the reference if there is one
     effort: Effort | None = None
     note: str = ""
 
@@ -180,6 +181,7 @@ def run(
     shapes: Mapping[str, Sequence[Any]] | None = None,
     effort: Effort | None = None,
     tiny: bool = False,
+    roof: Roof | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
     """The rows of these ops (default: all that run on the device), told to `say` as they come.
@@ -196,7 +198,7 @@ def run(
         if device not in known[name].devices:
             raise Misuse(f"{name} runs on {', '.join(known[name].devices)}, not on {device}")
     todo = [(known[name], known[name].selected(shapes or {})) for name in chosen]
-    roof, rows, text = Roof(device), list[Row](), machine(device)
+    roof, rows, text = roof or Roof(device), list[Row](), machine(device)
     say(text)
     say(header())
     for one, cases in todo:
@@ -234,8 +236,9 @@ def _rows(
 
 def measure(case: Case, *, device: str = "cpu", effort: Effort | None = None, roof: Roof | None = None) -> Row:
     """The row of a case: its results compared, then timed against the quickest opponent."""
-    row = Row(case=case.case, goal=case.goal, tolerance=case.tolerance if case.compares else None, note=case.note)
-    if case.compares:
+    compares = case.same or case.reference is not None
+    row = Row(case=case.case, goal=case.goal, tolerance=case.tolerance if compares else None, note=case.note)
+    if compares:
         worst, who = _worst(case)
         row = replace(row, difference=worst, opponent=who)
         if not worst <= case.tolerance:
@@ -254,10 +257,10 @@ def measure(case: Case, *, device: str = "cpu", effort: Effort | None = None, ro
     ours_s, theirs_s = sorted(times.ours_s)[len(times.ours_s) // 2], sorted(times.theirs_s)[len(times.theirs_s) // 2]
     of_roof, bound = None, ""
     if case.cost is not None and roof is not None:
-        least_s, bound = roof.time_s(*case.cost)
+        least_s, bound = roof.time_s(*case.cost, case.precision)
         of_roof = least_s / ours_s
     if threads is not None and threads != _session_threads():
-        opponent += f" ({threads} thread{'s' if threads > 1 else ''})"
+        opponent += f" ({_count(threads)})"
     return replace(
         row,
         opponent=opponent,
@@ -286,7 +289,7 @@ def _worst(case: Case) -> tuple[float, str]:
     mine = case.ours(case.prepare()) if case.prepare else case.ours()
     view = case.view or (lambda _, result: result)
     mine = view(OURS, mine)
-    results = {name: view(name, work()) for name, work in case.opponents.items()}
+    results = {name: view(name, work()) for name, work in case.opponents.items() if case.same}
     if case.reference is None:
         truth = mine
     else:
@@ -366,9 +369,13 @@ def machine(device: str = "cpu") -> str:
     if device.startswith("cuda"):
         where = torch.cuda.get_device_name(device)
     else:
-        where = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        where = f"{_processor()}, {os.cpu_count()} cores, {_count(torch.get_num_threads())}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}"
     return f"irgrow {irgrow.__version__} on {where}; {versions}"
+
+
+def _count(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def _processor() -> str:
@@ -381,7 +388,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-_COLUMNS = "{name:<17} {case:<40} {ours:>9} {theirs:>9} {ratio:>8} {spread:>13} {goal:>10} {roof:>6}  {opponent}"
+_COLUMNS = "{name:<17} {case:<42} {ours:>9} {theirs:>9} {ratio:>8} {spread:>13} {goal:>10} {roof:>6}  {opponent}"
 
 
 def header() -> str:

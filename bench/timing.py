@@ -204,27 +204,30 @@ def _finish(device: str) -> None:
 
 @dataclass
 class Roof:
-    """What this machine can do, measured when first asked for: float32 flops, and bytes moved per second.
+    """What this machine can do, measured when first asked for: flops, and bytes moved, per second.
 
     Bandwidth depends on where the data lives, so it is measured for the size in question (a power of two): what
     fits a cache is compared with that cache.
     """
 
     device: str = "cpu"
+    _flops: dict[str, float] = field(default_factory=dict)
     _bandwidth: dict[int, float] = field(default_factory=dict)
 
-    @cached_property
-    def flops(self) -> float:
-        """The best matrix product of this machine, float32 [2048, 2048] (CUDA: [8192, 8192]), flop/s."""
+    def flops(self, precision: str = "float32") -> float:
+        """The best matrix product of this machine, [2048, 2048] (CUDA: [8192, 8192]), flop/s."""
         import torch
 
-        n = 8192 if self.device.startswith("cuda") else 2048
-        a, b = (torch.randn(n, n, device=self.device) for _ in range(2))
-        products: list[Work] = [lambda: a @ b]
-        onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-        if self.device == "cpu" and onednn is not None and torch.backends.mkldnn.is_available():
-            products.append(lambda: onednn(a, b, None, "none", [], ""))
-        return 2 * n**3 / min(self._best(work) for work in products)
+        if precision not in self._flops:
+            n = 8192 if self.device.startswith("cuda") else 2048
+            a, b = (torch.randn(n, n, device=self.device, dtype=getattr(torch, precision)) for _ in range(2))
+            products: list[Work] = [lambda: a @ b]
+            onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+            usable = onednn is not None and torch.backends.mkldnn.is_available()
+            if self.device == "cpu" and precision == "float32" and usable:
+                products.append(lambda: onednn(a, b, None, "none", [], ""))
+            self._flops[precision] = 2 * n**3 / min(self._best(work) for work in products)
+        return self._flops[precision]
 
     def bandwidth(self, moved: float) -> float:
         """Bytes per second (read and written both count) of copying where `moved` bytes are moved in all."""
@@ -248,9 +251,9 @@ class Roof:
         """Bytes per second to and from main memory."""
         return self.bandwidth(2**28)
 
-    def time_s(self, flops: float, moved: float) -> tuple[float, str]:
+    def time_s(self, flops: float, moved: float, precision: str = "float32") -> tuple[float, str]:
         """The least time for this much arithmetic and traffic, and which of them binds."""
-        compute_s, memory_s = flops / self.flops, moved / self.bandwidth(moved)
+        compute_s, memory_s = flops / self.flops(precision), moved / self.bandwidth(moved)
         return (compute_s, "flops") if compute_s >= memory_s else (memory_s, "bandwidth")
 
     def _best(self, work: Work) -> float:

@@ -39,6 +39,7 @@ def whiten(*, d: int, columns: int, device: str) -> Iterator[Case]:
         tolerance=1e-9,
         goal=10.0 if d == 1024 and device == "cpu" else None,
         cost=(flops + d * d * columns, moved),
+        precision="float64",
         view=view,
         note="",
     )
