@@ -104,9 +104,9 @@ class AddUnits(Pass):
         for name, tensor in p.fan_out.items():
             _place(edit, edit.bundles[name], tensor, maps, 1)
         for bundle in list(edit.bundles.values()):
-            if bundle.name not in site.entering and bundle.source in maps and isinstance(bundle.pattern, Conv2d):
-                if bundle.name not in site.leaving:
-                    _centre(edit, bundle, maps[bundle.target])
+            inside = bundle.source in maps and bundle.name not in (*site.entering, *site.leaving)
+            if inside and isinstance(bundle.pattern, Conv2d):
+                _centre(edit, bundle, maps[bundle.target])
         if p.bias is not None:
             for name in _biased(edit.before, site):
                 new = torch.from_numpy(maps[name].fresh)

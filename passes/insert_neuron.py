@@ -182,7 +182,7 @@ class InsertNeuron(Pass):
             sparse = bundle.pattern
             assert isinstance(sparse, Sparse)
             edge = np.flatnonzero(sparse.source == local)
-            target = sparse.target[edge]
+            target = sparse.target[edge].astype(np.int64)
             primary = sparse.tags[TAG][edge] > 0 if TAG in sparse.tags else np.ones(edge.size, bool)
         moves = (level[target] > depth) | ((level[target] == depth) & primary)
         edge, target, primary = edge[moves], target[moves], primary[moves]

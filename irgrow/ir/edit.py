@@ -111,7 +111,8 @@ class Edit:
         if kind == "weight":
             return self.bundles[owner].weight
         group = self.groups[owner]
-        return group.bias if kind == "bias" else getattr(group.norm, kind)
+        found: Any = group.bias if kind == "bias" else getattr(group.norm, kind)
+        return found
 
     def write(self, name: str, value: Tensor) -> None:
         """Sets a tensor's values; where it comes from stays (the difference is fresh)."""
@@ -325,7 +326,7 @@ class Edit:
         if not isinstance(pattern, Sparse):
             count = size(tuple(bundle.weight.shape))
             self._replace_flat(name, pattern.to_sparse(*self.shapes(name)), torch.arange(count))
-            pattern = self.bundles[name].pattern  # type: ignore[assignment]
+            pattern = self.bundles[name].pattern
         assert isinstance(pattern, Sparse)
         tags = dict(pattern.tags) | {tag: np.asarray(values, np.int32)}
         self.bundles[name] = replace(self.bundles[name], pattern=replace(pattern, tags=tags))
@@ -366,12 +367,13 @@ def _rewired(
     if not old:  # connectivity with one shared weight
         return pattern, Axes.same(name, bundle.weight)
     if isinstance(pattern, Dense):
-        smap = smap and smap.neurons(size(source[1:]))
-        tmap = tmap and tmap.neurons(size(target[1:]))
+        smap = None if smap is None else smap.neurons(size(source[1:]))
+        tmap = None if tmap is None else tmap.neurons(size(target[1:]))
     rest = (None,) * (len(old) - 2)
-    index = (_tensor(tmap and tmap.index), _tensor(smap and smap.index), *rest)
-    value = (None, _tensor(smap and smap.share), *rest)
-    gradient = (_tensor(tmap and tmap.share), None, *rest)
+    no_change = (None, None)
+    s_index, s_share = no_change if smap is None else (_tensor(smap.index), _tensor(smap.share))
+    t_index, t_share = no_change if tmap is None else (_tensor(tmap.index), _tensor(tmap.share))
+    index, value, gradient = (t_index, s_index, *rest), (None, s_share, *rest), (t_share, None, *rest)
     return pattern, Axes(name, old, pattern.weight_shape(new_source, new_target), index, value, gradient)
 
 

@@ -192,7 +192,8 @@ def _from_plain(graph: nx.DiGraph) -> Network:
         edges.setdefault((s, t), []).append((i, j, float(data.get("weight", 1.0))))
     bundles = []
     for (s, t), rows in edges.items():
-        i, j, w = zip(*rows, strict=True)
-        bundles.append(Bundle(f"{s}_to_{t}", s, t, Sparse(np.array(i), np.array(j)), torch.tensor(w, dtype=dtype)))
+        sources, targets, weights = zip(*rows, strict=True)
+        pattern = Sparse(np.array(sources), np.array(targets))
+        bundles.append(Bundle(f"{s}_to_{t}", s, t, pattern, torch.tensor(weights, dtype=dtype)))
     roles = {role: [n for n, f in facts.items() if f[0] == role] for role in ("input", "output")}
     return Network.build(groups, bundles, roles["input"], roles["output"])

@@ -80,9 +80,9 @@ def largest_parent(pattern: Pattern, source: Shape, target: Shape, values: NDArr
         groups = pattern.channel_groups if isinstance(pattern, Conv2d) else source[0]
         by_group = values.reshape(groups, -1, size(source[1:])).max(1)
         read, written, _ = pattern.taps(source)
-        best = np.full((groups, size(target[1:])), -1, np.int32)
-        np.maximum.at(best, (slice(None), written), by_group[:, read])
-        out = np.repeat(best, target[0] // groups, axis=0).ravel()
+        best = np.full((size(target[1:]), groups), -1, np.int32)
+        np.maximum.at(best, written, by_group[:, read].T)
+        out = np.repeat(best.T, target[0] // groups, axis=0).ravel()
     else:
         for s, t, _ in pattern.edges(source, target):
             np.maximum.at(out, t, values[s])
@@ -94,14 +94,15 @@ def inside_edges(
 ) -> tuple[NDArray[np.integer], NDArray[np.integer], dict[str, int]]:
     """The edges among these groups, with neurons numbered group after group; and each group's first number."""
     first, total = first_numbers(network, names)
-    sources, targets = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    sources: list[NDArray[np.integer]] = [np.empty(0, np.int32)]
+    targets: list[NDArray[np.integer]] = [np.empty(0, np.int32)]
     for name in names:
         for bundle in network.entering(name):
             if bundle.source in first:
-                if isinstance(bundle.pattern, Sparse):
-                    s, t = bundle.pattern.source, bundle.pattern.target
-                else:
-                    s, t, _ = bundle.pattern.all_edges(*network.shapes(bundle))
+                pattern, shapes = bundle.pattern, network.shapes(bundle)
+                s, t = (
+                    (pattern.source, pattern.target) if isinstance(pattern, Sparse) else pattern.all_edges(*shapes)[:2]
+                )
                 sources.append(s + first[bundle.source] if first[bundle.source] else s)
                 targets.append(t + first[name] if first[name] else t)
     if len(sources) == 2:

@@ -168,12 +168,12 @@ class Axes(Gather):
         missing = torch.zeros((), dtype=torch.bool)
         value: Tensor | None = None
         for axis, (old_size, new_size) in enumerate(zip(self.old_shape, self.shape, strict=True)):
-            here = self.index[axis] if self.index[axis] is not None else torch.arange(new_size)
-            here = _along(here, axis, len(self.shape))
+            given, factor_here = self.index[axis], self.value[axis]
+            here = _along(torch.arange(new_size) if given is None else given, axis, len(self.shape))
             missing = missing | (here < 0)
             index = index * old_size + here.clamp(min=0)
-            if self.value[axis] is not None:
-                v = _along(self.value[axis], axis, len(self.shape))
+            if factor_here is not None:
+                v = _along(factor_here, axis, len(self.shape))
                 value = v if value is None else value * v
         index = torch.where(missing, -1, index).expand(self.shape).reshape(-1)
         factor = self.factor()
@@ -189,7 +189,9 @@ class Axes(Gather):
     def then(self, later: Gather) -> Gather:
         if later.exact or self.exact or not isinstance(later, Axes) or len(later.index) != len(self.index):
             return super().then(later)
-        index, value, gradient = [], [], []
+        index: list[Tensor | None] = []
+        value: list[Tensor | None] = []
+        gradient: list[Tensor | None] = []
         for a in range(len(self.index)):
             i, j = self.index[a], later.index[a]
             index.append(i if j is None else j if i is None else torch.where(j < 0, -1, i[j.clamp(min=0)]))

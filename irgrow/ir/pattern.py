@@ -144,7 +144,7 @@ class Sparse(Pattern):
             and np.array_equal(self.source, other.source)
             and np.array_equal(self.target, other.target)
             and (self.weight_index is None) == (other.weight_index is None)
-            and (self.weight_index is None or np.array_equal(self.weight_index, other.weight_index))
+            and np.array_equal(self.index, other.index)
             and self.tags.keys() == other.tags.keys()
             and all(np.array_equal(self.tags[name], other.tags[name]) for name in self.tags)
         )
@@ -259,8 +259,8 @@ class Window(Pattern):
     def taps(self, source: Shape) -> Edges:
         """All (input position, output position, kernel tap) triples inside the image, by output then tap."""
         axes = []
-        for a, out in enumerate(self.output(source)):
-            o, k = np.meshgrid(np.arange(out), np.arange(self.kernel[a]), indexing="ij")
+        for a, length in enumerate(self.output(source)):
+            o, k = np.meshgrid(np.arange(length), np.arange(self.kernel[a]), indexing="ij")
             i = o * self.stride[a] - self.padding[a] + k * self.dilation[a]
             inside = (i >= 0) & (i < source[1 + a])
             axes.append((i, inside))
@@ -282,7 +282,7 @@ class Conv2d(Window):
         return self.channel_groups > 1
 
     def __str__(self) -> str:
-        return _window_text("conv", self) + (f" channel groups {self.channel_groups}" if self.channel_groups > 1 else "")
+        return _window_text("conv", self) + _groups_text(self)
 
     def depthwise(self, source: Shape) -> bool:
         """Whether every input channel has output channels of its own."""
@@ -327,7 +327,7 @@ class Local2d(Conv2d):
     """
 
     def __str__(self) -> str:
-        return _window_text("local", self) + (f" channel groups {self.channel_groups}" if self.channel_groups > 1 else "")
+        return _window_text("local", self) + _groups_text(self)
 
     def weight_shape(self, source: Shape, target: Shape) -> Shape:
         return (*super().weight_shape(source, target), *target[1:])
@@ -375,6 +375,10 @@ class Pool2d(Window):
         unit = np.arange(source[0])[:, None]
         s = (unit * size(source[1:]) + position).ravel()
         yield s, (unit * size(target[1:]) + out).ravel(), np.zeros_like(s)
+
+
+def _groups_text(conv: Conv2d) -> str:
+    return f" channel groups {conv.channel_groups}" if conv.channel_groups > 1 else ""
 
 
 def _window_text(name: str, window: Window) -> str:

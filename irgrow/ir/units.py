@@ -78,9 +78,8 @@ def blocks(network: Network, groups: Mapping[str, object]) -> int:
             number = lcm(number, norm.groups)
         for bundle in network.entering(name) + network.leaving(name):
             pattern = bundle.pattern
-            if isinstance(pattern, Conv2d) and pattern.channel_groups > 1:
-                if not pattern.depthwise(network.groups[bundle.source].shape):
-                    number = lcm(number, pattern.channel_groups)
+            if isinstance(pattern, Conv2d) and not pattern.depthwise(network.groups[bundle.source].shape):
+                number = lcm(number, pattern.channel_groups)
     return number
 
 

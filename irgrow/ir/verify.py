@@ -59,7 +59,7 @@ def _rows(network: Network, names: tuple[str, ...]) -> Rows:
 
 def _names(network: Network) -> None:
     for kind, table in (("group", network.groups), ("bundle", network.bundles)):
-        for name, item in table.items():  # type: ignore[attr-defined]
+        for name, item in table.items():
             if not isinstance(name, str) or not name.isidentifier():
                 raise BadName(f"{kind} {name!r}", "a name that is no identifier", "letters, digits and _, no dots")
             if item.name != name:
@@ -179,7 +179,7 @@ def _tensors(network: Network) -> None:
         if tensor.dtype != first.dtype:
             raise WeightSize(f"tensor {name!r}", tensor.dtype, f"{first.dtype}, the dtype of the first bundle")
         if tensor.device != first.device:
-            raise WeightSize(f"tensor {name!r}", f"device {tensor.device}", f"{first.device}, where the first bundle is")
+            raise WeightSize(f"tensor {name!r}", f"device {tensor.device}", f"{first.device}, as the first bundle")
         if bool(torch.isfinite(tensor.detach().sum())):  # one pass; a finite sum has finite terms
             continue
         finite = torch.isfinite(tensor)
@@ -209,9 +209,9 @@ def _duplicates(network: Network, b: Bundle, inside: Mapping[tuple[str, ...], Ro
     if not isinstance(b.pattern, Sparse):
         return
     rows = inside.get((b.source,)) if b.source == b.target else None
-    if rows is not None and rows[1].size == b.pattern.source.size:  # they are this bundle's edges
-        if not graph.repeats(*rows, network.groups[b.target].neurons):
-            return
+    its_own = rows is not None and rows[1].size == b.pattern.source.size
+    if its_own and rows is not None and not graph.repeats(*rows, network.groups[b.target].neurons):
+        return
     source, target = network.groups[b.source], network.groups[b.target]
     edge = graph.first_duplicate(b.pattern.source, b.pattern.target, target.neurons, source.neurons)
     if edge >= 0:

@@ -213,19 +213,31 @@ def _norm(group: Group, kind: str, dtype: torch.dtype) -> Norm:
 @_corruption(BadProperty, r"group '\w+': norm: found 'instance', expected batch, layer or group")
 def _an_unknown_norm(network: Network, draw: random.Random) -> Network | None:
     group = _a_group(network, draw, _hidden(network))
-    return group and _group(network, group, norm=replace(_norm(group, "layer", network.dtype), kind="instance"))
+    return (
+        None
+        if group is None
+        else _group(network, group, norm=replace(_norm(group, "layer", network.dtype), kind="instance"))
+    )
 
 
 @_corruption(BadProperty, r"group '\w+': batch norm: found running statistics missing or out of place")
 def _a_batch_norm_without_statistics(network: Network, draw: random.Random) -> Network | None:
     group = _a_group(network, draw, _hidden(network))
-    return group and _group(network, group, norm=replace(_norm(group, "batch", network.dtype), variance=None))
+    return (
+        None
+        if group is None
+        else _group(network, group, norm=replace(_norm(group, "batch", network.dtype), variance=None))
+    )
 
 
 @_corruption(BadProperty, r"group '\w+': layer norm: found running statistics missing or out of place")
 def _a_layer_norm_with_statistics(network: Network, draw: random.Random) -> Network | None:
     group = _a_group(network, draw, _hidden(network))
-    return group and _group(network, group, norm=replace(_norm(group, "batch", network.dtype), kind="layer"))
+    return (
+        None
+        if group is None
+        else _group(network, group, norm=replace(_norm(group, "batch", network.dtype), kind="layer"))
+    )
 
 
 @_corruption(BadProperty, r"group '\w+': norm variance of unit \d+: found -\d\S*, expected at least 0")
@@ -243,7 +255,9 @@ def _a_negative_variance(network: Network, draw: random.Random) -> Network | Non
 def _a_bad_eps(network: Network, draw: random.Random) -> Network | None:
     group = _a_group(network, draw, _hidden(network))
     eps = draw.choice((float("nan"), -1))
-    return group and _group(network, group, norm=replace(_norm(group, "layer", network.dtype), eps=eps))
+    return (
+        None if group is None else _group(network, group, norm=replace(_norm(group, "layer", network.dtype), eps=eps))
+    )
 
 
 @_corruption(BadShape, r"group '\w+': group norm: found \d+ groups of \d+ units, expected a divisor of the units")
@@ -258,7 +272,7 @@ def _norm_groups_that_do_not_divide(network: Network, draw: random.Random) -> Ne
 def _a_norm_in_a_loop(network: Network, draw: random.Random) -> Network | None:
     looped = {name for names, cyclic in network.components if cyclic for name in names}
     group = _a_group(network, draw, lambda g: g.name in looped)
-    return group and _group(network, group, norm=_norm(group, "batch", network.dtype))
+    return None if group is None else _group(network, group, norm=_norm(group, "batch", network.dtype))
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------
@@ -289,13 +303,14 @@ def _channel_groups_that_do_not_divide(network: Network, draw: random.Random) ->
     bundle = _a_bundle(network, draw, Conv2d)
     if bundle is None:
         return None
-    return _bundle(network, bundle, pattern=replace(bundle.pattern, channel_groups=bundle.weight.shape[0] + 1))  # type: ignore[call-arg]
+    pattern: Any = bundle.pattern
+    return _bundle(network, bundle, pattern=replace(pattern, channel_groups=bundle.weight.shape[0] + 1))
 
 
 @_corruption(BadShape, r"Identity from \(.*\) into units \d+ to \d+ of \(.*\): expected equal positions and at least")
 def _an_identity_out_of_range(network: Network, draw: random.Random) -> Network | None:
     bundle = _a_bundle(network, draw, Identity)
-    return bundle and _bundle(network, bundle, pattern=Identity(network.groups[bundle.target].units))
+    return None if bundle is None else _bundle(network, bundle, pattern=Identity(network.groups[bundle.target].units))
 
 
 @_corruption(BadShape, r"Pool2d: found \d+ input and \d+ output channels, expected as many")
@@ -338,7 +353,7 @@ def _two_dtypes(network: Network, draw: random.Random) -> Network | None:
     return _with(network, name, tensor.half())
 
 
-@_corruption(WeightSize, r"tensor '[\w.]+': found device meta, expected cpu, where the first bundle is")
+@_corruption(WeightSize, r"tensor '[\w.]+': found device meta, expected cpu, as the first bundle")
 def _two_devices(network: Network, draw: random.Random) -> Network | None:
     later = [(n, t) for n, t in list(network.tensors().items())[1:] if n.startswith(("bias", "scale", "shift"))]
     if not later:

@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from irgrow.ir.morphism import Morphism, SameFunction
 from irgrow.ir.network import Network
 from irgrow.passes.base import Pass, registered
-from irgrow.testing.recipe import inputs_for
 from irgrow.testing.promises import VALUE, assert_close, assert_promise, largest_change, network_with_other_weights
+from irgrow.testing.recipe import inputs_for
 from irgrow.testing.strategies import networks, places, seeded_networks
 
 LARGEST = 300  # neurons; beyond that a run stops growing

@@ -56,7 +56,7 @@ def fingerprint(network: Network) -> str:
     digest = hashlib.sha256(fresh.structure.encode())
     for name, tensor in fresh.tensors().items():
         digest.update(f"{name}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8 if tensor.dim() else tensor.dtype).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -128,8 +128,8 @@ def assert_gradients(morphism: Morphism, *, seed: int = 0, batch: int = 4) -> No
             if error.numel() == 0:
                 continue
             assert float(error.max()) <= limit * max(largest, 1e-3), (
-                f"{morphism.by}: the gradient of {name!r} is off by {float(error.max()):.2e} from factor * old gradient "
-                f"of {gather.source!r} (largest gradient {largest:.2e})"
+                f"{morphism.by}: the gradient of {name!r} is off by {float(error.max()):.2e} from factor * old "
+                f"gradient of {gather.source!r} (largest gradient {largest:.2e})"
             )
 
 

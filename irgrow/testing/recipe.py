@@ -179,7 +179,7 @@ class _Recipe:
 
         groups = self.choices.pick(_divisors(units)) if kind == "group" else 1
         running = (around(0), around(1)) if kind == "batch" else (None, None)
-        return Norm(kind, around(1), around(0), *running, groups=groups)
+        return Norm(kind, around(1), around(0), running[0], running[1], groups=groups)
 
     def _connect(self, source: str, target: str, pattern: Pattern, weight: float | None = None, **how: Any) -> None:
         self.builder.connect(source, target, pattern, weight, **how)

@@ -34,7 +34,7 @@ class _Drawn:
         return options[self._draw(st.integers(0, len(options) - 1))]
 
 
-@st.composite
+@st.composite  # type: ignore[arg-type]
 def networks(draw: DrawFn, **options: Any) -> Network:
     """Verified networks of any kind; the options are those of `irgrow.testing.cook`."""
     return cook(_Drawn(draw), **options)
