@@ -1,20 +1,18 @@
-"""`Pass`: one kind of rewrite as a value; the registry; text forms; sequences of passes."""
+"""`Pass`: one kind of rewrite as a value; the registry; sequences of passes."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from irgrow.ir.edit import Edit
-from irgrow.ir.errors import IrgrowError, Refused, UnknownName
+from irgrow.ir.errors import Refused, UnknownName
 from irgrow.ir.morphism import Morphism, Promise, SameFunction
-from irgrow.ir.network import Network, Unit
+from irgrow.ir.network import Network
 from irgrow.ir.proposal import Proposal
+from irgrow.passes import text
 
 _REGISTRY: dict[str, type[Pass]] = {}
 
@@ -83,19 +81,13 @@ class Pass(ABC):
         return Sequence((*_steps(self), *_steps(later)))
 
     def __str__(self) -> str:
-        parts = [f"{f.name}={_write(getattr(self, f.name))}" for f in dataclasses.fields(self) if f.init]  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(parts)})"
+        return text.write(self)
 
     @staticmethod
-    def from_text(text: str, proposals: Mapping[str, Proposal] | None = None) -> Pass:
-        """The pass that prints as `text`. Proposals are looked up by their hash in `proposals`."""
-        try:
-            tree = ast.parse(text, mode="eval").body
-        except SyntaxError:
-            raise UnknownName(
-                f"pass text {text!r}", expected="text like SplitUnit(unit='hidden#3', share=0.5)"
-            ) from None
-        return _read(tree, proposals or {})
+    def from_text(written: str, proposals: Mapping[str, Proposal] | None = None) -> Pass:
+        """The pass that prints as `written`. Proposals are looked up by their hash in `proposals`."""
+        steps = text.read(written, _REGISTRY, proposals or {})
+        return steps[0] if len(steps) == 1 else Sequence(tuple(steps))
 
 
 @dataclass(frozen=True)
@@ -134,57 +126,3 @@ class Sequence(Pass):
 
 def _steps(p: Pass) -> tuple[Pass, ...]:
     return p.steps if isinstance(p, Sequence) else (p,)
-
-
-def _write(value: Any) -> str:
-    if isinstance(value, Unit):
-        return repr(str(value))
-    if isinstance(value, Proposal):
-        return repr(f"proposal:{value.hash}")
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_write, value))}{',' if len(value) == 1 else ''})"
-    return repr(value)
-
-
-def _read(tree: ast.expr, proposals: Mapping[str, Proposal]) -> Pass:
-    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.RShift):
-        return _read(tree.left, proposals) >> _read(tree.right, proposals)
-    if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args):
-        raise UnknownName(f"pass text {ast.unparse(tree)!r}", expected="Name(field=value, ...)")
-    if tree.func.id not in _REGISTRY:
-        raise UnknownName(f"pass {tree.func.id!r}", expected=f"one of {', '.join(sorted(_REGISTRY))}")
-    cls = _REGISTRY[tree.func.id]
-    types = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    values = {}
-    for word in tree.keywords:
-        if word.arg not in known:
-            raise UnknownName(f"{tree.func.id}: field {word.arg!r}", expected=f"one of {', '.join(sorted(known))}")
-        try:
-            value = ast.literal_eval(word.value)
-        except ValueError:
-            raise UnknownName(f"{tree.func.id}: {word.arg}", ast.unparse(word.value), "a plain value") from None
-        values[word.arg] = _typed(value, types[word.arg], proposals)
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise IrgrowError(f"{tree.func.id}", str(error), "all fields without a default") from None
-
-
-def _typed(value: Any, wanted: Any, proposals: Mapping[str, Proposal]) -> Any:
-    """A literal as the type of its field: units and proposals are written as text."""
-    if isinstance(value, str):
-        if wanted is Proposal or Proposal in typing.get_args(wanted):
-            key = value.removeprefix("proposal:")
-            if key not in proposals:
-                raise UnknownName(f"proposal {key!r}", expected=f"one of {', '.join(proposals) or 'none given'}")
-            return proposals[key]
-        if wanted is Unit or Unit in typing.get_args(wanted):
-            group, mark, serial = value.rpartition("#")
-            if not mark or not serial.isdigit():
-                raise UnknownName(f"unit {value!r}", expected="text like hidden#12")
-            return Unit(group, int(serial))
-    if isinstance(value, tuple):
-        inner = [a for a in typing.get_args(wanted) if a is not Ellipsis]
-        return tuple(_typed(v, inner[0] if inner else Any, proposals) for v in value)
-    return value
