@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from irgrow.growth.candidates import Candidates
 from irgrow.growth.data import Batch, Data, Loss, as_inputs, batches, is_pair, take
-from irgrow.growth.methods import Method, Tiny
+from irgrow.growth.methods import Method, NeedsModel, Tiny
+from irgrow.growth.methods.with_model import propose
 from irgrow.growth.probe import evaluating, probe
 from irgrow.growth.refine import refine
 from irgrow.growth.when import Every, Moment, When
@@ -47,12 +48,12 @@ class Growth:
 
     when: When = field(default_factory=lambda: Every(epochs=5))
     where: Where = field(default_factory=RoundRobin)
-    how: Method = field(default_factory=Tiny)
+    how: Method | NeedsModel = field(default_factory=Tiny)
     sites: tuple[str, ...] | None = None
     refine: bool = True
     delta: str = "separate"
     lookahead: float = 0.1
-    limit: float = 16.0
+    limit: float = 1000.0
     samples: int = 10_000
     batch: int = 1024
 
@@ -298,7 +299,7 @@ class _Run:
                 continue
             for name, statistics in measured.items():
                 try:
-                    proposal = how.propose(statistics)
+                    proposal = propose(how, statistics, self.model, seen, self.loss)
                     if growth.refine and unseen is not None:
                         with evaluating(self.model):
                             proposal = refine(

@@ -23,7 +23,7 @@ from irgrow.ir.proposal import Proposal
 from irgrow.passes.add_units import AddUnits
 from irgrow.runtime.model import CompiledNetwork
 
-DEAD = 1e-6  # a fan-in smaller than this (absolute) only says which way to go
+DEAD = 1e-12  # a fan-in smaller than this (absolute) only says which way to go
 SMALLEST = 1e-6  # amplitude that is tried
 
 
@@ -37,7 +37,7 @@ def refine(
     amplitude: bool = True,
     delta: str = "separate",
     lookahead: float = 0.1,
-    limit: float = 16.0,
+    limit: float = 1000.0,
     rounds: int = 3,
 ) -> Proposal:
     """The proposal with the better sign of each pair, the best amplitude and its measured gain; the model stays.

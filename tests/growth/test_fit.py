@@ -252,3 +252,9 @@ def test_gain_above() -> None:
     assert not ig.GainAbove(1.1 * best).due(moment(1, found=found))
     assert not ig.GainAbove(0.0, times=2).due(moment(1, found=found, growths=2))
     assert not ig.GainAbove(0.0, epochs=2).due(moment(1, found=found))
+
+
+def test_methods_that_need_the_model() -> None:
+    growth = ig.Growth(when=ig.Every(epochs=2), how=ig.North(1))
+    _, _, history = trained(growth, mlp("tanh", (6, 2, 2, 4)))
+    assert [e["site"] for e in history.growths] == ["hidden1", "hidden2"] and not history.notes
