@@ -125,7 +125,7 @@ def test_neurons_may_be_connected_in_any_order() -> None:
 # ---- refusals ---------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "a group twice": (lambda b: b.group("h", 2), BadName, r"group 'h': found a second group of that name, expected unique"),
+    "a group twice": (lambda b: b.group("h", 2), BadName, r"group 'h': found a second group of that name"),
     "an unknown activation": (
         lambda b: b.group("z", 2, activation="rleu"),
         BadProperty,
@@ -147,21 +147,25 @@ REFUSED = {
         BadProperty,
         r"bundle 'x' -> 'h': pattern: found 'dense', expected a Pattern such as Dense\(\)",
     ),
-    "a pattern that does not fit": (lambda b: b.connect("x", "h", ig.Conv2d(1)), BadShape, r"Conv2d: source shape: found \(3,\)"),
-    "an unknown role": (lambda b: b.neuron(role="sensor"), BadProperty, r"neuron: role: found 'sensor', expected input, hid"),
-    "an unknown activation of a neuron": (lambda b: b.neuron("rleu"), BadProperty, r"neuron: activation: found 'rleu'"),
+    "a pattern that does not fit": (
+        lambda b: b.connect("x", "h", ig.Conv2d(1)),
+        BadShape,
+        r"Conv2d: source shape: found \(3,\), expected \(channels, height, width\)",
+    ),
+    "an unknown role": (lambda b: b.neuron(role="sensor"), BadProperty, r"neuron: role: found 'sensor', expected in"),
+    "an unknown activation of a neuron": (lambda b: b.neuron("rleu"), BadProperty, r"activation: found 'rleu'"),
     "an edge from a group to a neuron": (
         lambda b: b.connect("x", b.neuron()),
         DanglingEdge,
         r"connect: found neuron 'x', expected a number from 0 to 0",
     ),
-    "an edge to no neuron": (lambda b: b.connect(b.neuron(), 7), DanglingEdge, r"connect: found neuron 7, expected .* 0 to 0"),
+    "an edge to no neuron": (lambda b: b.connect(b.neuron(), 7), DanglingEdge, r"connect: found neuron 7"),
     "a neuron in a group's place": (
         lambda b: (b.group("hidden_relu", 2), b.neuron("relu")),
         BadName,
         r"neuron: group 'hidden_relu': found a group of that name",
     ),
-    "a network nobody feeds": (lambda b: b.build(), Unreachable, r"output 'y': found neuron 7 \(2 in all\) that no input"),
+    "a network nobody feeds": (lambda b: b.build(), Unreachable, r"output 'y': found neuron 7 \(2 in all\)"),
     "a sparse pattern out of range": (
         lambda b: b.connect("x", "h", ig.Sparse(np.array([3]), np.array([0]))),
         DanglingEdge,

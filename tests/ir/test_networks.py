@@ -137,8 +137,12 @@ def test_sparse_structure_counts_and_the_order_of_tags_does_not() -> None:
 
     base = network([0, 1], {"a": [1, 2], "b": [3, 4]})
     assert base == network([0, 1], {"b": [3, 4], "a": [1, 2]})
-    assert len({base.structure, network([0, 2], {"a": [1, 2], "b": [3, 4]}).structure,
-                network([0, 1], {"a": [1, 2], "b": [3, 5]}).structure, network([0, 1], {"a": [1, 2]}).structure}) == 4  # fmt: skip
+    others = [
+        network([0, 2], {"a": [1, 2], "b": [3, 4]}),
+        network([0, 1], {"a": [1, 2], "b": [3, 5]}),
+        network([0, 1], {"a": [1, 2]}),
+    ]
+    assert len({n.structure for n in (base, *others)}) == 4
 
 
 def test_with_tensors_keeps_structure_and_what_was_computed() -> None:

@@ -143,10 +143,10 @@ def test_sparse_equality() -> None:
     ("make", "text"),
     [
         (lambda: ig.Sparse(np.zeros((2, 1), int), np.zeros(2, int)), r"Sparse: source: found int64 of shape \(2, 1\)"),
-        (lambda: ig.Sparse(np.zeros(2, int), np.zeros(3, int)), r"Sparse: target: .* expected a flat integer array of 2"),
+        (lambda: ig.Sparse(np.zeros(2, int), np.zeros(3, int)), r"Sparse: target: .* a flat integer array of 2"),
         (lambda: ig.Sparse(np.zeros(2), np.zeros(2, int)), r"Sparse: source: found float64 of shape \(2,\)"),
-        (lambda: ig.Sparse(np.array([2**40]), np.zeros(1, int)), r"Sparse: source: found a value of 1099511627776, expected"),
-        (lambda: ig.Sparse(np.array([0]), np.array([0]), tags={"a": np.zeros(2, int)}), r"Sparse: tag 'a': found int64 of"),
+        (lambda: ig.Sparse(np.array([2**40]), np.zeros(1, int)), r"Sparse: source: found a value of 109951"),
+        (lambda: ig.Sparse(np.array([0]), np.array([0]), tags={"a": np.zeros(2, int)}), r"tag 'a': found int64 of"),
         (lambda: ig.Sparse(np.array([0]), np.array([0]), tags={"a": np.zeros(1)}), r"Sparse: tag 'a': found float64"),
         (lambda: ig.Conv2d(0), r"Conv2d: kernel: found 0, expected one or two integers, each at least 1"),
         (lambda: ig.Pool2d((2, 2), padding=(-1, 0)), r"Pool2d: padding: found \(-1, 0\), expected .* at least 0"),
@@ -158,19 +158,36 @@ def test_patterns_that_cannot_be(make, text: str) -> None:
         make()
 
 
+EDGES = ig.Sparse(np.array([0, 1]), np.array([0, -1]))
+TIED = ig.Sparse(np.array([0]), np.array([0]), np.array([1]), 1)
+CONV, HALVES = ig.Conv2d(3), ig.Conv2d(1, channel_groups=2)
+
+
 @pytest.mark.parametrize(
     ("pattern", "source", "target", "error", "text"),
     [
-        (ig.Sparse(np.array([0, 2]), np.array([0, 0])), (2,), (1,), DanglingEdge, r"source of edge 1: found neuron 2, expected 0 to 1"),
-        (ig.Sparse(np.array([0, 1]), np.array([0, -1])), (2,), (1,), DanglingEdge, r"target of edge 1: found neuron -1"),
-        (ig.Sparse(np.array([0]), np.array([0]), np.array([1]), 1), (1,), (1,), WeightSize, r"weight_index: found 1 to 1, expected 0 to 0"),
-        (ig.Conv2d(3), (1, 2, 5), (1, 1, 3), BadShape, r"Conv2d over a 2x5 image: found an output of 0x3, expected at least 1x1; use"),
-        (ig.Conv2d(3), (4,), (1, 1, 3), BadShape, r"Conv2d: source shape: found \(4,\), expected \(channels, height, width\)"),
-        (ig.Conv2d(3), (1, 5, 5), (1, 5, 5), BadShape, r"conv 3x3 from \(1, 5, 5\): found target positions \(5, 5\), expected \(3, 3\)"),
-        (ig.Conv2d(1, channel_groups=2), (3, 1, 1), (2, 1, 1), BadShape, r"Conv2d with 2 channel groups: found 3 input and 2 output"),
-        (ig.Pool2d(1), (3, 1, 1), (2, 1, 1), BadShape, r"Pool2d: found 3 input and 2 output channels, expected as many"),
+        (EDGES, (1,), (1,), DanglingEdge, r"Sparse: source of edge 1: found neuron 1, expected 0 to 0"),
+        (EDGES, (2,), (1,), DanglingEdge, r"Sparse: target of edge 1: found neuron -1, expected 0 to 0"),
+        (TIED, (1,), (1,), WeightSize, r"Sparse: weight_index: found 1 to 1, expected 0 to 0"),
+        (
+            CONV,
+            (1, 2, 5),
+            (1, 1, 3),
+            BadShape,
+            r"Conv2d over a 2x5 image: found an output of 0x3, .* at least 1x1; use",
+        ),
+        (CONV, (4,), (1, 1, 3), BadShape, r"Conv2d: source shape: found \(4,\), expected \(channels, height, width\)"),
+        (CONV, (1, 5, 5), (1, 5, 5), BadShape, r"conv 3x3 from \(1, 5, 5\): found target positions \(5, 5\), expected"),
+        (HALVES, (3, 1, 1), (2, 1, 1), BadShape, r"Conv2d with 2 channel groups: found 3 input and 2 output channels"),
+        (
+            ig.Pool2d(1),
+            (3, 1, 1),
+            (2, 1, 1),
+            BadShape,
+            r"Pool2d: found 3 input and 2 output channels, expected as many",
+        ),
     ],
-)  # fmt: skip
+)
 def test_patterns_that_do_not_fit(pattern: Pattern, source, target, error: type[IrgrowError], text: str) -> None:
     with pytest.raises(error, match=text):
         pattern.check(source, target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,8 @@ def test_the_text_is_the_constructor() -> None:
     assert str(AddLayer("h")) == "AddLayer(group='h', activation=None, kernel=3, bias=True)"
     insert = InsertNeuron(2, seed=5, after=4, others=(7,), weights=(0.5, -0.25))
     assert str(insert) == (
-        "InsertNeuron(parents=2, seed=5, activation='relu', group='inserted', after=4, others=(7,), weights=(0.5, -0.25))"
+        "InsertNeuron(parents=2, seed=5, activation='relu', group='inserted', after=4, others=(7,), "
+        "weights=(0.5, -0.25))"
     )
     for pass_ in (SPLIT, AddLayer("h", "tanh"), insert, SPLIT >> insert >> AddLayer("g")):
         assert Pass.from_text(str(pass_)) == pass_
@@ -73,7 +76,7 @@ TEXTS = {
     "SplitUnit(unit=3)": r"SplitUnit: unit: found 3, expected text like 'hidden#12'",
     "SplitUnit(unit='hidden#3', share='half')": r"SplitUnit: share: found 'half', expected float",
     "SplitUnit(unit='hidden#3', share=open('x'))": r"SplitUnit: share: found open\('x'\), expected a plain value",
-    "SplitUnit(unit='hidden#3', share=0.5, share=0.5)": r"SplitUnit: field 'share': found it twice, expected each field once",
+    "SplitUnit(unit='hidden#3', share=0.5, share=0.5)": r"SplitUnit: field 'share': found it twice",
     "SplitUnit(**{'unit': 'hidden#3'})": r"SplitUnit: field None: expected one of",
     "InsertNeuron(parents=2.5)": r"InsertNeuron: parents: found 2.5, expected int",
     "InsertNeuron(others=[1, 2])": r"InsertNeuron: others: found \[1, 2\], expected tuple\[int, \.\.\.\] \| None",
@@ -98,7 +101,5 @@ def test_text_that_is_no_pass(text: str) -> None:
 
 @given(st.text(alphabet="SplitUn(=)'#,>|.0123 []{}:", max_size=60))
 def test_any_text_is_a_pass_or_a_named_error(text: str) -> None:
-    try:
+    with contextlib.suppress(IrgrowError):
         assert isinstance(Pass.from_text(text), Pass)
-    except IrgrowError:
-        pass
