@@ -132,8 +132,6 @@ def _level(plan: WalkPlan, start: int, stop: int, device: torch.device) -> _Leve
 _LINE_BYTES = 64  # lanes.py
 _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
 _WORK_PER_THREAD = 6_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
-
-
 _LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}  # what the compiled code runs for
 
 
@@ -239,7 +237,7 @@ class _Sums:
 
     def __init__(self, slices: int, like: Tensor | None) -> None:
         self.length = 0 if like is None else len(like)
-        self.parts = [] if like is None else [torch.empty_like(like) for _ in range(slices)]
+        self.parts = [] if like is None else [like.new_empty(len(like)) for _ in range(slices)]
 
     def address(self, k: int) -> int:
         return self.parts[k].data_ptr() if self.parts else 0

@@ -454,7 +454,9 @@ def _backward(like, operands):
     real = min(last, batch)
     zero = constant(0.0, like)
     line = lanes_of(like)
-    distance = max(1, 16 * line // (last - first))  # rows to fetch ahead: descending rows are not fetched by themselves
+    distance = max(
+        1, 16 * line // max(1, last - first)
+    )  # rows to fetch ahead: descending rows are not fetched by themselves
     rows = n_in + neurons
     lowest = 0 if every_row else n_in
 
