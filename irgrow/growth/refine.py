@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from irgrow.growth.data import Batch, Loss, as_inputs
-from irgrow.growth.methods.base import require_choice
-from irgrow.ir.errors import BadData
+from irgrow.ir.errors import BadData, UnknownName
 from irgrow.ir.network import Network
 from irgrow.ir.proposal import Proposal
+from irgrow.ir.site import Site
 from irgrow.passes.add_units import AddUnits
 from irgrow.runtime.model import CompiledNetwork
 
 DEAD = 1e-12  # a fan-in smaller than this (absolute) only says which way to go
+DELTAS = ("separate", "joint", "keep")
 SMALLEST = 1e-6  # amplitude that is tried
 
 
@@ -52,8 +53,11 @@ def refine(
     Silent units (GradMax, Random: nothing reaches the targets yet) keep their amplitude. Their signs are those
     of the larger gradient (the decrease after a vanishing step), their gain is measured after one gradient
     step of size `lookahead` on the new weights (halved while it overshoots), and `gain_unit` says `lookahead`.
+
+    Where statistics cannot predict a gain (ReLU), the batch can: -E[relu(alpha . b) omega . g] is filled in.
     """
-    require_choice(_Options(delta), "delta", ("separate", "joint", "keep"))
+    if delta not in DELTAS:
+        raise UnknownName(f"refine: delta {delta!r}", expected=f"one of {', '.join(DELTAS)}")
     trial = Trial(proposal, model, batch, loss)
     if trial.silent:
         return _refined_silent(trial, signs, lookahead)
@@ -103,6 +107,12 @@ class Trial:
         """Whether nothing of the new units reaches the targets yet."""
         p = self.proposal
         return not bool(p.omega.any()) or float(p.alpha.abs().max()) < DEAD
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether a unit's value scales with its fan-in (ReLU-like functions, pooling), so that gains do."""
+        groups = self.model.structure.groups
+        return all(groups[g].function.homogeneous for g in Site.of(self.model.structure, self.proposal.site).groups)
 
     def set(self, inward: Tensor, outward: Tensor, delta: float = 1.0) -> None:
         """Gives the grown network these factors `[units]`."""
@@ -217,8 +227,11 @@ def _refined(trial: Trial, signs: bool, amplitude: bool, delta: str, limit: floa
     p = trial.proposal
     alone = 0.0 if delta == "separate" and p.delta else 1.0
     sign, gamma, notes = trial.ones, 1.0, []
+    first_order = trial.gain(sign)
     if signs:
-        sign = torch.where(trial.gain(-sign) > trial.gain(sign), -sign, sign)
+        turned = trial.gain(-sign)
+        sign = torch.where(turned > first_order, -sign, sign)
+        first_order = torch.maximum(turned, first_order)
 
     def at(gamma: float) -> float:
         root = sign * math.sqrt(gamma)
@@ -238,7 +251,10 @@ def _refined(trial: Trial, signs: bool, amplitude: bool, delta: str, limit: floa
         notes.append("no amplitude that was tried lowers the loss")
     found = _signed(p, sign).scaled(math.sqrt(gamma), math.sqrt(gamma), moved)
     gain = p.predicted_gain
-    if gain is not None:  # known at one amplitude for both
+    if gain is None and trial.homogeneous and not p.delta:
+        gain = float(first_order.sum()) * gamma
+        notes.append("predicted gain: to first order in the fan-out, on the batch that measured the gain")
+    elif gain is not None:  # known at one amplitude for both
         gain = gain * gamma if not p.delta or moved == gamma else None
     return replace(found, predicted_gain=gain, measured_gain=measured, notes=(*p.notes, *notes))
 
@@ -291,8 +307,3 @@ def _filled(proposal: Proposal, values: Tensor) -> Proposal:
 
 def _compiled(network: Network, model: CompiledNetwork) -> CompiledNetwork:
     return CompiledNetwork(network, backend=model.backend)
-
-
-class _Options:
-    def __init__(self, delta: str) -> None:
-        self.delta = delta
