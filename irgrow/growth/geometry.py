@@ -29,7 +29,7 @@ from irgrow.ir.network import Bundle, Network
 from irgrow.ir.pattern import Conv2d, Dense, Identity, Local2d, Pool2d, Shape, Sparse, size
 from irgrow.ir.site import Site, _ties
 from irgrow.ir.statistics import Block
-from irgrow.ir.units import UnitMap, blocks
+from irgrow.ir.units import UnitMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,10 +273,6 @@ class Geometry:
         """The activations along the site, `identity` left out unless it is alone."""
         names = dict.fromkeys(self.network.groups[name].activation for name in self.site.groups)
         return " then ".join(n for n in names if n != "identity") or "identity"
-
-    @property
-    def multiple(self) -> int:
-        return blocks(self.network, dict.fromkeys(self.site.groups))
 
     @cached_property
     def notes(self) -> tuple[str, ...]:

@@ -265,7 +265,6 @@ class Gathering:
             slope=geometry.slope,
             smooth=geometry.smooth,
             units=self.network.groups[name].units,
-            multiple=geometry.multiple,
             fan_out_norm=fan_out_norm(geometry),
             notes=geometry.notes,
         )

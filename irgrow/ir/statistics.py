@@ -86,7 +86,6 @@ class Statistics:
     slope: float = 1.0  # and its derivative there (the right-hand one)
     smooth: bool = True  # False: no first-order prediction of gains (ReLU-like, or pooling by max on the way)
     units: int = 0  # of the site, when measured
-    multiple: int = 1  # new units come in multiples of this (channel groups)
     fan_out_norm: float = 1.0  # mean norm of the site's existing outgoing weight vectors
     notes: tuple[str, ...] = ()
 

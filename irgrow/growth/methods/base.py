@@ -106,15 +106,15 @@ def fold_move(statistics: Statistics, move: Tensor) -> dict[str, Tensor]:
 def require_first_order(method: object, statistics: Statistics) -> None:
     """Refused unless a new unit with small weights changes its targets to first order: sigma(0) = 0, sigma'(0) != 0."""
     who = f"{type(method).__name__}: site {statistics.site!r}"
-    for what, bad in (("sigma(0)", statistics.at_zero != 0), ("sigma'(0)", statistics.slope == 0)):
-        if bad:
-            found = statistics.at_zero if what == "sigma(0)" else 0
-            raise Refused(
-                who,
-                f"activation {statistics.activation} with {what} = {found:.3g}",
-                "sigma(0) = 0 and sigma'(0) != 0",
-                do="use Random, or another activation",
-            )
+    if statistics.at_zero == 0 and statistics.slope != 0:
+        return
+    found = f"sigma(0) = {statistics.at_zero:.3g}" if statistics.at_zero else "sigma'(0) = 0"
+    raise Refused(
+        who,
+        f"activation {statistics.activation} with {found}",
+        "sigma(0) = 0 and sigma'(0) != 0",
+        do="use Random, or another activation",
+    )
 
 
 def require_choice(method: object, field: str, choices: tuple[str, ...]) -> None:
