@@ -27,9 +27,8 @@ from irgrow.growth.windows import Windows
 from irgrow.ir.errors import Refused
 from irgrow.ir.network import Bundle, Network
 from irgrow.ir.pattern import Conv2d, Dense, Identity, Local2d, Pool2d, Shape, Sparse, size
-from irgrow.ir.site import Site, _ties
+from irgrow.ir.site import Site, ties
 from irgrow.ir.statistics import Block
-from irgrow.ir.units import UnitMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,11 +210,11 @@ class Geometry:
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """The hops along the site, in topological order."""
-        inside = {name: UnitMap(torch.arange(1).numpy()) for name in self.site.groups}
+        inside = dict.fromkeys(self.site.groups)
         order = {name: i for i, (names, _) in enumerate(self.network.components) for name in names}
         found = []
         for bundle in self.network.bundles.values():
-            if not _ties(bundle, inside):
+            if not ties(bundle, inside):
                 continue
             pattern, (source, target) = bundle.pattern, self.network.shapes(bundle)
             maximum = self.network.groups[bundle.target].aggregation == "max"

@@ -58,7 +58,7 @@ class Site:
             )
         entering, leaving = [], []
         for bundle in network.bundles.values():
-            if isinstance(bundle.pattern, Identity) or _ties(bundle, tied):
+            if isinstance(bundle.pattern, Identity) or ties(bundle, tied):
                 continue  # an Identity from outside feeds other units of a concatenation
             if bundle.target in tied:
                 entering.append(bundle.name)
@@ -86,7 +86,7 @@ class Site:
         return found
 
 
-def _ties(bundle: Bundle, tied: Mapping[str, object]) -> bool:
+def ties(bundle: Bundle, tied: Mapping[str, object]) -> bool:
     """Whether a bundle only connects units of the site that grow together."""
     if not (bundle.source in tied and bundle.target in tied and bundle.pattern.couples):
         return False

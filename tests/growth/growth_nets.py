@@ -60,6 +60,21 @@ def residual(activation: str = "tanh", seed: int = 0) -> Any:
     return b.build()
 
 
+def concatenated(activation: str = "tanh", seed: int = 0) -> Any:
+    """`left` and `right` side by side in `both`, which has an activation of its own."""
+    b = ig.Builder(seed=seed, dtype=DOUBLE)
+    b.input("x", 4)
+    b.group("left", 3, activation=activation, bias=True)
+    b.group("right", 2, activation=activation, bias=True)
+    b.group("both", 5, activation="tanh")
+    for at, name in ((0, "left"), (3, "right")):
+        b.connect("x", name)
+        b.connect(name, "both", ig.Identity(at), 0.5)
+    b.output("out", 3, bias=True)
+    b.connect("both", "out")
+    return b.build()
+
+
 def conv_pair(
     first: Any,
     second: Any,

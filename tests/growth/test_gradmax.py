@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from growth_nets import DOUBLE, drawn, forked, mlp, relative, residual
+from growth_nets import DOUBLE, concatenated, drawn, forked, mlp, relative, residual
 from torch.nn import functional as F
 
 import irgrow as ig
@@ -33,7 +34,7 @@ def new_gradient(network, proposal, data):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("network", [mlp("tanh"), mlp("gelu"), forked("silu"), residual()])
+@pytest.mark.parametrize("network", [mlp("tanh"), mlp("gelu"), forked("silu"), residual(), concatenated("gelu")])
 def test_silent_and_with_the_predicted_gradient(network, scaling: str) -> None:
     s, data = measured(network)
     p = ig.GradMax(2, scaling=scaling).propose(s)
@@ -125,3 +126,23 @@ def test_options_are_checked() -> None:
         ig.GradMax(scaling="mean")
     with pytest.raises(Refused, match="GradMax: units: found 0"):
         ig.GradMax(0)
+
+
+def test_a_target_inside_an_irregular_region() -> None:
+    """The target's neurons feed each other; its gradient is exact all the same, and sparse edges are noted."""
+    b = ig.Builder(dtype=DOUBLE)
+    b.input("x", 5)
+    b.group("hidden", 4, activation="tanh", bias=True)
+    b.connect("x", "hidden")
+    b.group("loop", 4, activation="tanh", bias=True)
+    b.connect("hidden", "loop")
+    b.connect("loop", "loop", ig.Sparse(np.array([0, 1, 0]), np.array([1, 2, 3])), name="inner")
+    b.output("out", 3, bias=True)
+    b.connect("loop", "out")
+    network = b.build()
+    s, data = measured(network, site="hidden")
+    p = ig.GradMax(2).propose(s)
+    assert relative(new_gradient(network, p, data), (s.M_prev @ p.omega).mT) < 1e-10
+    assert any("dW* leaves inner as they are" in note for note in p.notes)
+    with pytest.raises(Refused, match="in a loop of groups"):
+        ig.AddUnits(ig.Random(1).propose(measured(network, site="loop")[0]))(network)
