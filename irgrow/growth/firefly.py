@@ -220,11 +220,11 @@ class Overgrown:
         self.family = Family(lambda n, v: assemble(n, plan, v, "Firefly")[1], model, self.shapes)
         device, dtype = self.family.device, self.family.dtype
         draw = torch.Generator().manual_seed(method.seed)
-        self.masks = {n: m.to(device, dtype) for n, m in plan.masks(network).items()}
+        masks = plan.masks(network)
         self.delta = {}
         for name, shape in self.shapes.items():
             drawn = (method.variance**0.5 * normal(draw, *shape)).to(device, dtype)
-            self.delta[name] = drawn * self.masks[name] if name in self.masks else drawn
+            self.delta[name] = drawn * masks[name].to(drawn) if name in masks else drawn
         long = self._norms(self.delta).clamp(min=1.0)
         self.delta = {name: value / self._spread(name, long) for name, value in self.delta.items()}
         self.eps = torch.full((len(self.names),), method.eps, device=device, dtype=dtype)
@@ -233,8 +233,6 @@ class Overgrown:
         """The values of the plan: switches on what moves a split and on what leaves a new unit."""
         found = {}
         for name, value in delta.items():
-            if name in self.masks:
-                value = value * self.masks[name]
             switched = name.startswith(("split/", "out/", "layer_out/"))
             found[name] = value * self._spread(name, eps) if switched else value
         return found
@@ -357,6 +355,4 @@ def _axis(name: str) -> int:
 
 def _optimizer(method: Firefly, parameters: list[Tensor]) -> Any:
     kind = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}[method.optimizer]
-    return kind(parameters, lr=method.rate)  # type: ignore[operator]
-
-
+    return kind(parameters, lr=method.rate)

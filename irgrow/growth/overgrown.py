@@ -85,7 +85,9 @@ class Plan:
 
 
 def assemble(network: Network, plan: Plan, values: Mapping[str, Tensor], method: str) -> tuple[list[Pass], Network]:
-    """The passes that carry out the plan with these values, and the network they make."""
+    """The passes that carry out the plan with these values (0 where there is no edge), and the network they make."""
+    masks = plan.masks(network)
+    values = {n: v * masks[n].to(v) if n in masks else v for n, v in values.items()}
     steps: list[Pass] = []
     now = network
     origin: dict[str, UnitMap] = {}
