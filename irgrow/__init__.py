@@ -60,6 +60,7 @@ _HOME = {
         "Copies",
         "VarianceTransfer",
     ),
+    "irgrow.growth.continual": ("Continual",),
     "irgrow.growth.effective_rank": ("FullRank", "effective_rank", "effective_ranks"),
     "irgrow.growth.when": ("Every", "OnPlateau", "Schedule", "GainAbove"),
     "irgrow.growth.where": (
