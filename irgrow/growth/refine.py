@@ -9,7 +9,7 @@ it is compiled once, and a candidate differs from the next by a few factors on t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -73,11 +73,12 @@ class Trial:
 
     def __init__(self, proposal: Proposal, model: CompiledNetwork, batch: Batch, loss: Loss) -> None:
         network = model.structure
-        zero = proposal.scaled(0.0, 0.0, 0.0)
+        alone = proposal.scaled(1.0, 1.0, 0.0)
         self.proposal = proposal
         self.units = proposal.units
-        after = AddUnits(zero)(network).after
-        self.model = _compiled(after, model).eval()
+        grown = AddUnits(alone)(network)
+        after = grown.after
+        self.model = CompiledNetwork(after, backend=model.backend).eval()
         self.inputs, self.targets = as_inputs(batch[0], "refine"), batch[1]
         device = next(iter(network.tensors().values())).device
         self.inputs = tuple(x.to(device) for x in self.inputs)
@@ -85,10 +86,13 @@ class Trial:
         if self.targets.shape[0] == 0:
             raise BadData("refine: batch", "no samples", "at least one")
         self._criterion = loss
-        self._base = {name: tensor.clone() for name, tensor in after.tensors().items()}
-        full = self._difference(network, proposal.scaled(1.0, 1.0, 0.0))
+        old, now = network.tensors(), after.tensors()
+        touched = {f"weight.{n}" for n in [*proposal.fan_in, *proposal.fan_out]} | set(proposal.delta)
+        touched |= {n for n in now if n.startswith("bias.") and now[n].shape != old[n].shape}
+        self._base = {n: grown.lineage.gather(old, n, now[n]).clone() for n in touched}
+        full = self._difference(network, alone, now)
         number = torch.arange(1, self.units + 1, dtype=torch.float64)
-        place = {n: d.round().long() for n, d in self._difference(network, _filled(zero, number)).items()}
+        place = {n: d.round().long() for n, d in self._difference(network, _filled(alone, number)).items()}
         leaving = {f"weight.{name}" for name in proposal.fan_out}
         self.where = {
             "in": {n: d for n, d in place.items() if n not in leaving},
@@ -131,6 +135,29 @@ class Trial:
         with torch.no_grad():
             for name, tensor in found.items():
                 held[name].data.copy_(tensor)
+
+    def scaler(self, sign: Tensor) -> Callable[[float, float], float]:
+        """`f(root, delta)`: the loss with these signs, fan-in and fan-out times root, and dW* times delta."""
+        held = self.model.tensors()
+        signed = {
+            name: change * torch.cat([sign.new_zeros(1), sign])[self.where[kind][name]]
+            for kind in ("in", "out")
+            for name, change in self._parts[kind].items()
+        }
+
+        @torch.no_grad()
+        def loss(root: float, delta: float) -> float:
+            for name, base in self._base.items():
+                out = held[name].data
+                if name in signed:
+                    torch.add(base, signed[name], alpha=root, out=out)
+                else:
+                    out.copy_(base)
+                if delta and name in self._parts["delta"]:
+                    out.add_(self._parts["delta"][name], alpha=delta)
+            return self.evaluate()
+
+        return loss
 
     @torch.no_grad()
     def loss(self, inward: Tensor, outward: Tensor, delta: float = 1.0) -> float:
@@ -186,12 +213,12 @@ class Trial:
         """For every entry of a tensor the number of its unit, from 1; 0 for old entries."""
         return sum(self.where[kind][name] for kind in ("in", "out") if name in self.where[kind])  # type: ignore[return-value]
 
-    def _difference(self, network: Network, proposal: Proposal) -> dict[str, Tensor]:
-        """What a proposal adds to each tensor that it touches."""
-        after = AddUnits(proposal)(network).after.tensors()
-        touched = {f"weight.{n}" for n in [*proposal.fan_in, *proposal.fan_out]} | set(proposal.delta)
-        touched |= {n for n in after if n.startswith("bias.") and after[n].shape != network.tensors()[n].shape}
-        changes = {n: after[n] - self._base[n] for n in touched}
+    def _difference(
+        self, network: Network, proposal: Proposal, after: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What a proposal adds to each tensor that it touches (`after`: the tensors it leads to, if known)."""
+        found = AddUnits(proposal)(network).after.tensors() if after is None else after
+        changes = {n: found[n] - base for n, base in self._base.items()}
         return {n: d for n, d in changes.items() if bool(d.any())}
 
 
@@ -233,17 +260,18 @@ def _refined(trial: Trial, signs: bool, amplitude: bool, delta: str, limit: floa
         sign = torch.where(turned > first_order, -sign, sign)
         first_order = torch.maximum(turned, first_order)
 
+    loss = trial.scaler(sign)
+
     def at(gamma: float) -> float:
-        root = sign * math.sqrt(gamma)
-        return trial.loss(root, root, gamma if delta == "joint" else alone)
+        return loss(math.sqrt(gamma), gamma if delta == "joint" else alone)
 
     gamma, after = line_search(at, limit, rounds) if amplitude else (gamma, at(gamma))
     moved = gamma if delta == "joint" else 1.0
     if delta == "separate" and p.delta:
-        root = sign * math.sqrt(gamma)
+        root = math.sqrt(gamma)
 
         def beside(factor: float) -> float:
-            return trial.loss(root, root, factor)
+            return loss(root, factor)
 
         moved, after = line_search(beside, limit, rounds) if amplitude else (moved, beside(moved))
     measured = trial.before - after
@@ -303,7 +331,3 @@ def _filled(proposal: Proposal, values: Tensor) -> Proposal:
         delta={},
     )
     return ones.scaled(values, values)
-
-
-def _compiled(network: Network, model: CompiledNetwork) -> CompiledNetwork:
-    return CompiledNetwork(network, backend=model.backend)
