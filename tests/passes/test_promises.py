@@ -28,7 +28,7 @@ NETWORKS = st.one_of(
     seeded_networks(steps=3, widest=4), seeded_networks(steps=2, widest=4, **PLAIN), networks(steps=3, widest=4)
 )
 
-FEWER = settings(max_examples=max(1, settings.default.max_examples * 3 // 5))
+FEWER = settings(max_examples=max(1, settings.default.max_examples * 2 // 5))
 
 
 @pytest.mark.parametrize("kind", passes.list().values(), ids=passes.list())
@@ -71,8 +71,8 @@ def test_ten_thousand_networks(block: int) -> None:
 
 TestGrowth = GrowthMachine.TestCase
 TestGrowth.settings = settings(
-    max_examples=max(1, settings.default.max_examples // 3),
-    stateful_step_count=min(8, settings.default.stateful_step_count),
+    max_examples=max(1, settings.default.max_examples // 5),
+    stateful_step_count=min(6, settings.default.stateful_step_count),
 )
 
 
