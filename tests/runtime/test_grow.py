@@ -259,7 +259,7 @@ def test_two_hundred_growths_and_shrinks_do_not_leak() -> None:
 
     def tensors() -> int:
         gc.collect()
-        return sum(isinstance(o, Tensor) for o in gc.get_objects())
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())  # type(): some are weak proxies
 
     counts = []
     for cycle in range(6):
