@@ -89,9 +89,7 @@ def test_help_takes_less_than_half_a_second() -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> metadata.PathDistribution:
     """What setup.py says, as an installer would read it; nothing is written into the checkout."""
-    pytest.importorskip(
-        "setuptools", minversion="77.0.3", reason="older ones do not know license expressions"
-    )
+    pytest.importorskip("setuptools", minversion="77.0.3", reason="older ones do not know license expressions")
     folder = tmp_path_factory.mktemp("metadata")
     result = run("setup.py", "-q", "egg_info", "--egg-base", str(folder))
     assert result.returncode == 0, result.stderr
@@ -174,9 +172,7 @@ def test_grow_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], "COMMAND"),
     ],
 )
-def test_mistakes_are_explained(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_explained(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 2
@@ -210,9 +206,7 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         cli.main(["grow", "digits"])
 
 
-def test_a_missing_library_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def need(arguments: object) -> int:
         import no_such_library  # noqa: F401
 
@@ -264,9 +258,7 @@ def test_doctor_is_content_here() -> None:
     assert text.endswith("0 failures")
 
 
-def test_doctor_exits_with_1_on_a_failure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_exits_with_1_on_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def one_of_each() -> Iterator[doctor.Finding]:
         yield doctor.Finding("good", "ok", "1.0")
         yield doctor.Finding("bad", "fail", "absent", "install it")
@@ -302,9 +294,7 @@ def test_without_torch_nothing_else_is_blamed(monkeypatch: pytest.MonkeyPatch) -
         (lambda path: None, "fail", "missing"),
     ],
 )
-def test_doctor_explains_links(
-    tmp_path: Path, make: Callable[[Path], object], state: str, found: str
-) -> None:
+def test_doctor_explains_links(tmp_path: Path, make: Callable[[Path], object], state: str, found: str) -> None:
     make(tmp_path / "kernels")
     finding = doctor.link("kernels", tmp_path)
     assert finding.state == state
@@ -332,9 +322,7 @@ def test_doctor_finds_old_and_missing_libraries(monkeypatch: pytest.MonkeyPatch)
     assert doctor.library("no_such_library").found == "not installed, expected 1.0 or newer"
 
 
-def test_doctor_explains_a_cache_that_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_explains_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "new" / "folder"))
     assert doctor.numba_cache().state == "ok"
     # Below a file no folder can be made, not even by root.
