@@ -20,6 +20,9 @@ from irgrow.ir.errors import BadData, Refused
 from irgrow.ir.network import Group, Network
 from irgrow.ir.pattern import Sparse
 from irgrow.ir.site import Site
+from irgrow.kernels.outer import accumulate_gram, mirror
+
+MEMORY = 1 << 25  # numbers of features held at once, about
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +99,27 @@ class Entrance:
             parts.append(parts[0].new_ones(parts[0].shape[0], 1))
         return torch.cat(parts, 1).double()
 
-    def batches(self, model: Recordable, data: Data, *also: str, batch_size: int = 1024) -> Iterator[dict[str, Tensor]]:
+    @property
+    def batch_size(self) -> int:
+        """How many samples at once, so that rows stay below a few hundred megabytes."""
+        return max(1, min(1024, MEMORY // (self.group.positions * self.width)))
+
+    def second_moment(self, model: Recordable, data: Data) -> Tensor:
+        """E[b b^T] over rows, `[width, width]` in float64."""
+        total = torch.zeros(self.width, self.width, dtype=torch.float64)
+        count = 0
+        for values in self.batches(model, data):
+            b = self.rows(values)
+            total = total.to(b.device)
+            accumulate_gram(total, b)
+            count += b.shape[0]
+        return mirror(total) / count
+
+    def batches(self, model: Recordable, data: Data, *also: str) -> Iterator[dict[str, Tensor]]:
         """Activations of the sources (and of groups `also`), batch by batch, in eval mode; BadData for no samples."""
         device = next(iter(self.network.tensors().values())).device
         found = False
-        for inputs, _ in batches(data, batch_size, self.who):
+        for inputs, _ in batches(data, self.batch_size, self.who):
             if inputs[0].shape[0] == 0:
                 continue
             found = True

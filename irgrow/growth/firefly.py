@@ -52,7 +52,8 @@ class Firefly:
     variance    of the normal start of every delta (shortened to norm 1 where it is longer)
     splits, new, layers     which candidates there are; layer_groups: behind which groups (default: all hidden
                 groups that trained bundles enter)
-    batches, batch_size     how much data scores the candidates (training runs through all of it)
+    batches, batch_size     how much data scores the candidates (training runs through all of it); `paper` scores
+                with `midpoints` gradients per candidate, `authors` with one for all of them
 
     The model stays as it is. Sites that cannot be split or added to unit by unit (channel groups, layer
     norms, loops) are left out with a note. Refused: no candidates; nothing that lowers the loss.

@@ -332,7 +332,6 @@ class NewUnits:
             predicted_gain=predicted_gain,
             measured_gain=measured_gain,
             gain_unit=gain_unit,
-            notes=self.statistics.notes,
         )
 
 

@@ -143,7 +143,8 @@ def splitting(
     values = dict.fromkeys(seen.get(s, (s, s))[0] for e in entrances.values() for s in e.sources)
     values |= dict.fromkeys(e.group.name for e in entrances.values())
     taps = {name: seen[e.group.name][1] for name, e in entrances.items()}
-    held = held_batches(model, data, batch_size, None, who)
+    size = min([batch_size, *(e.batch_size for e in entrances.values())])
+    held = held_batches(model, data, size, None, who)
     for inputs, targets in held:
         samples = targets.shape[0]
         with evaluating(watching), torch.enable_grad():

@@ -33,7 +33,8 @@ class Copies(Bindable):
     A unit that is copied c times shares its fan-out in c + 1 equal parts; the old unit's part arrives as
     the proposal's `delta`. `noise`: normal, with that standard deviation relative to the root mean square
     of the copied fan-in, on the copies' fan-in (with their bias); it is what lets equal units part.
-    A batch norm is folded into the copy's fan-in. No data is read.
+    A batch norm is folded into the copy's fan-in. No data is read. In `fit` with `Growth(refine=False)`: a
+    line search would change copies that are exact.
 
     `SplitUnit` is the same as a pass, unit by unit, also through depthwise convolutions.
     Refused: depthwise convolutions, norms or biases along the site that a new unit would not have, bundles
@@ -74,7 +75,7 @@ class Copies(Bindable):
         if self.fan_out == "zero":
             omega, delta = torch.zeros_like(omega), {}
         notes = (f"copies of units {', '.join(map(str, chosen.tolist()))}",)
-        return replace(proposal(self, statistics, alpha, omega, notes=notes), delta=delta)
+        return replace(proposal(self, replace(statistics, notes=()), alpha, omega, notes=notes), delta=delta)
 
     def _refuse(self, geometry: Geometry, statistics: Statistics) -> None:
         network, who = geometry.network, f"Copies: site {statistics.site!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from irgrow.growth.methods.with_model import Bindable, require_data, require_mod
 from irgrow.ir.errors import Refused
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.statistics import Statistics
-from irgrow.kernels.outer import accumulate_gram, mirror
 from irgrow.kernels.whiten import pseudo_solve, whiten
 from irgrow.runtime.model import CompiledNetwork
 
@@ -73,12 +72,12 @@ class North(Bindable):
         if self.how == "select":
             alpha, notes = self._selected(entrance, model, require_data(self, statistics, data), draw)
         elif self.how == "pre":
-            S = _second_moment(entrance, model, require_data(self, statistics, data))
+            S = entrance.second_moment(model, require_data(self, statistics, data))
             alpha, notes = self._off_preactivations(entrance, S, draw)
         else:
             alpha, notes = self._off_weights(entrance, draw)
         omega = fan_out(statistics, self.units, self.fan_out, draw).to(alpha.device)
-        return proposal(self, statistics, alpha, omega, notes=notes)
+        return proposal(self, replace(statistics, notes=()), alpha, omega, notes=notes)
 
     def _normed(self, entrance: Entrance, alpha: Tensor) -> Tensor:
         """Columns of the norm asked for."""
@@ -160,20 +159,6 @@ class North(Bindable):
                 left = left - torch.outer(q, q @ left)
         notes = (f"residuals are of the first {self.samples} rows",) if count > self.samples else ()
         return drawn[:, chosen], notes
-
-
-def _second_moment(entrance: Entrance, model: CompiledNetwork, data: Data) -> Tensor:
-    """E[b b^T] over rows, `[width, width]`."""
-    total: Tensor | None = None
-    count = 0
-    for values in entrance.batches(model, data):
-        b = entrance.rows(values)
-        if total is None:
-            total = b.new_zeros(b.shape[1], b.shape[1])
-        accumulate_gram(total, b)
-        count += b.shape[0]
-    assert total is not None
-    return mirror(total) / count
 
 
 def _projected(A: Tensor, H: Tensor) -> Tensor:

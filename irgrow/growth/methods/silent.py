@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -44,4 +44,5 @@ class Silent:
         width = sum(block.width for block in statistics.fan_in)
         alpha = torch.zeros(width, self.units, dtype=torch.float64)
         alpha[-1] = self.bias
-        return proposal(self, statistics, alpha, torch.zeros(columns(statistics), self.units, dtype=torch.float64))
+        omega = torch.zeros(columns(statistics), self.units, dtype=torch.float64)
+        return proposal(self, replace(statistics, notes=()), alpha, omega)

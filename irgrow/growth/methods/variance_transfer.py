@@ -17,7 +17,6 @@ from irgrow.growth.methods.with_model import Bindable, require_data, require_mod
 from irgrow.ir.errors import Refused
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.statistics import Statistics
-from irgrow.kernels.outer import accumulate_gram, mirror
 from irgrow.runtime.model import CompiledNetwork
 
 
@@ -33,6 +32,7 @@ class VarianceTransfer(Bindable):
     rescale     (without pairs) old and new fan-outs times sqrt(m / (m + k)), so that the targets'
                 pre-activations keep their size as m units become m + k; the old ones' part is `delta`
 
+    In `fit` with `Growth(refine=False)`: looking ahead turns single units and rescales them.
     Off the paper, which draws with the variances of fresh layers, sizes are measured here.
     Refused: an odd number of units in pairs, sites entered at several groups, norms across units.
     Source: Yuan, Savarese and Maire, arXiv:2306.12700 (variance transfer; growth by cancelling pairs).
@@ -74,18 +74,11 @@ class VarianceTransfer(Bindable):
             omega = factor * omega
             tensors = network.tensors()
             delta = {b.name: (factor - 1.0) * tensors[b.name].detach() for b in statistics.fan_out}
-        return replace(proposal(self, statistics, alpha, omega), delta=delta)
+        return replace(proposal(self, replace(statistics, notes=()), alpha, omega), delta=delta)
 
     def _sized(self, entrance: Entrance, model: CompiledNetwork, data: Data, drawn: Tensor) -> Tensor:
         """The drawn fan-ins, each with the mean square pre-activation of the existing units."""
-        W = entrance.weights
-        total: Tensor | None = None
-        for values in entrance.batches(model, data):
-            b = entrance.rows(values)
-            total = b.new_zeros(b.shape[1], b.shape[1]) if total is None else total
-            accumulate_gram(total, b)
-        assert total is not None
-        S = mirror(total)
+        W, S = entrance.weights, entrance.second_moment(model, data)
         drawn = drawn.to(S.device)
         have = ((S @ drawn) * drawn).sum(0)
         want = ((W @ S) * W).sum(1).mean()
