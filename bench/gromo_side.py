@@ -6,6 +6,7 @@ extended forward, apply. After it the optimizer is made anew, because GroMo repl
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -56,8 +57,8 @@ def mlp(widths: Sequence[int], method: str) -> Any:
     return GrowingMLP(widths[0], widths[-1], hidden.pop(), len(widths) - 2, activation=activation)
 
 
-def cnn(channels: Sequence[int], size: int, kernel: str, method: str) -> Any:
-    """Two 3x3 convolutions with padding 1 and a relu between; `kernel`: full or restricted growth.
+def cnn(channels: Sequence[int], size: int, stride: int, kernel: str, method: str) -> Any:
+    """Two 3x3 convolutions of this stride, padding 1, a relu between; `kernel`: full or restricted growth.
 
     Returns a container whose `layers` are the convolutions; the second one grows.
     """
@@ -73,6 +74,8 @@ def cnn(channels: Sequence[int], size: int, kernel: str, method: str) -> Any:
         "restricted": convolutions.RestrictedConv2dGrowingModule,
     }[kernel]
 
+    inner = (size - 1) // stride + 1
+
     class TwoConvolutions(SequentialGrowingModel):
         def __init__(self) -> None:
             super().__init__(in_features=channels[0], out_features=channels[-1])
@@ -80,6 +83,7 @@ def cnn(channels: Sequence[int], size: int, kernel: str, method: str) -> Any:
                 channels[0],
                 channels[1],
                 3,
+                stride=stride,
                 padding=1,
                 input_size=(size, size),
                 post_layer_function=activation,
@@ -89,8 +93,9 @@ def cnn(channels: Sequence[int], size: int, kernel: str, method: str) -> Any:
                 channels[1],
                 channels[2],
                 3,
+                stride=stride,
                 padding=1,
-                input_size=(size, size),
+                input_size=(inner, inner),
                 previous_module=first,
                 allow_growing=True,
                 name="second",
@@ -113,11 +118,13 @@ def cnn(channels: Sequence[int], size: int, kernel: str, method: str) -> Any:
     return TwoConvolutions()
 
 
-def grow(model: Any, layer: int, batches: Batches, search: Batches, loss: Summed, *, units: int, method: str) -> float:
+def grow(
+    model: Any, layer: int, batches: Batches, search: Batches | None, loss: Summed, *, units: int, method: str
+) -> float:
     """`units` neurons have been added in front of growable layer `layer`; returns the amplitude that was chosen.
 
     `loss(outputs, targets)` is summed over samples. GradMax does not change outputs, so it needs no line search:
-    its fan-out gets the mean norm of the existing ones.
+    its fan-out gets the mean norm of the existing ones. Without data to `search` on the amplitude is 1.
     """
     model.eval()
     model.set_growing_layers(index=layer)
@@ -126,14 +133,16 @@ def grow(model: Any, layer: int, batches: Batches, search: Batches, loss: Summed
         model.zero_grad()
         loss(model(x), y).backward()
         model.update_computation()
-    # Thresholds at 0: as many units as asked for, also where their singular values are small.
-    model.compute_optimal_updates(maximum_added_neurons=units, statistical_threshold=0.0, **OPTIONS[method])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "using the pseudo-inverse"
+        # Threshold at 0: as many units as asked for, also where their singular values are small.
+        model.compute_optimal_updates(maximum_added_neurons=units, statistical_threshold=0.0, **OPTIONS[method])
     model.reset_computation()
     model.dummy_select_update()
     best = 1.0
     if method == "gradmax":
         model.currently_updated_layer.normalize_optimal_updates(normalization_type="gradmax_normalization")
-    else:
+    elif search is not None:
         found = []
         for amplitude in AMPLITUDES:
             model.set_scaling_factor(amplitude)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import irgrow as ig
 from bench import nets
-from bench.suite import OURS, Case, op
+from bench.suite import OURS, Case, Made, op
 
 STEPS = 5.0  # a growth costs at most this many training steps
 Trained = tuple[ig.CompiledNetwork, torch.optim.Optimizer]
@@ -25,7 +25,7 @@ Trained = tuple[ig.CompiledNetwork, torch.optim.Optimizer]
     ],
     tiny={"neurons": 120},
 )
-def growth_cost(*, model: str, batch: int, neurons: int, device: str) -> Iterator[Case]:
+def growth_cost(*, model: str, batch: int, neurons: int, device: str) -> Made:
     """The pass, the model and its optimizer carried over, lowering: in training steps. No statistics, no verify.
 
     digits MLP: 64-16-10, AddUnits of 4, AdamW; grown network: 1,000 neurons, InsertNeuron with 16 parents, Adam.
@@ -66,7 +66,7 @@ def growth_cost(*, model: str, batch: int, neurons: int, device: str) -> Iterato
     yield Case(
         label,
         ours=grow,
-        prepare=prepare,
+        prepare={OURS: prepare},
         opponents={"a training step": step},
         tolerance=1e-4,
         reference=lambda: expected,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import irgrow as ig
-from bench.suite import Case, op
+from bench.suite import Case, Made, op
 
 SLOWDOWN = 3.0  # a step of the MLP with insertions takes at most this many of the plain MLP's
 
@@ -20,7 +20,7 @@ SLOWDOWN = 3.0  # a step of the MLP with insertions takes at most this many of t
     cases=[{"sizes": "784-256-256-10", "insertions": 20, "batch": 128}],
     tiny={"sizes": "12-8-8-3", "insertions": 3, "batch": 4},
 )
-def insertions(*, sizes: str, insertions: int, batch: int, device: str) -> Iterator[Case]:
+def insertions(*, sizes: str, insertions: int, batch: int, device: str) -> Made:
     """A training step (SGD, cross entropy) of an MLP with inserted neurons, beside the plain MLP's.
 
     Insertions are InsertNeuron with 16 parents and seeds 0, 1, ... Goal: at most 3 plain steps.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import irgrow as ig
 from bench import engines, nets
-from bench.suite import Case, op
+from bench.suite import Case, Made, op
 
 # (forward at batch 1, 32, 256; forward and backward): what we want, against the best of the opponents.
 GOALS = {
@@ -38,7 +37,7 @@ SCATTER_GOAL = 20.0  # forward and backward, batch 32, grown 1k, against scatter
     ],
     tiny={"neurons": 160},
 )
-def irregular(*, net: str, batch: int, backward: bool, neurons: int, device: str) -> Iterator[Case]:
+def irregular(*, net: str, batch: int, backward: bool, neurons: int, device: str) -> Made:
     """Compiled irregular networks: forward, and forward and backward, beside the best engine per level.
 
     grown: Algorithm 1 with 16 parents, 64 inputs, 10 outputs; layered: 8 layers, each neuron reads 5 % or 20 % of

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bench.suite import Case, op
+from bench.suite import Case, Made, op
 from irgrow.kernels.masked_matmul import mask as make_mask
 from irgrow.kernels.masked_matmul import masked_matmul as kernel
 from irgrow.kernels.masked_matmul import masked_matmul_cost
@@ -27,7 +26,7 @@ BOTH = {0.05: 10.0, 0.1: 4.0, 0.25: 1.5}
     tiny={"n": 48, "batch": 8},
     devices=("cpu", "cuda"),
 )
-def masked_matmul(*, n: int, batch: int, density: float, backward: bool, device: str) -> Iterator[Case]:
+def masked_matmul(*, n: int, batch: int, density: float, backward: bool, device: str) -> Made:
     """[n, n] with a random mask times [n, batch], float32: forward beside one dense product of the masked matrix.
 
     Forward and backward (gradients of x and of the existing entries) beside three dense products and a mask.

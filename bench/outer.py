@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from bench.suite import Case, op
+from bench.suite import Case, Made, op
 from irgrow.kernels import outer as kernel
 
 PAIRS = (("b", "b"), ("b", "g"), ("c", "g"))
@@ -18,7 +16,7 @@ PAIRS = (("b", "b"), ("b", "g"), ("c", "g"))
     tiny={"d": 24, "samples": 96, "batch": 32},
     devices=("cpu", "cuda"),
 )
-def outer(*, d: int, samples: int, batch: int, device: str) -> Iterator[Case]:
+def outer(*, d: int, samples: int, batch: int, device: str) -> Made:
     """S = sum b b^T, N = sum b g^T, M = sum c g^T over batches, float64 sums; beside three float32 addmm_ a batch.
 
     of_roof is against the least arithmetic: the triangle of S and the two full products. The second row is what

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from bench.memory import peak_bytes
-from bench.suite import Case, Row, op
+from bench.suite import Case, Made, Row, op
 from irgrow.kernels import patches as kernel
 
 KERNEL, PADDING = 3, 1
@@ -22,7 +22,7 @@ Images = tuple[torch.Tensor, torch.Tensor]
     tiny={"batch": 3, "channels": 4, "size": 8},
     devices=("cpu", "cuda"),
 )
-def patches(*, what: str, batch: int, channels: int, size: int, device: str) -> Iterator[Case | Row]:
+def patches(*, what: str, batch: int, channels: int, size: int, device: str) -> Made:
     """Sums of products of 3x3 patches (Gram matrix; cross with a gradient), beside unfolding the image.
 
     The unfolded opponents multiply in float32: all images at once, or one at a time (less memory). Peak memory is

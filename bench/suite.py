@@ -1,13 +1,14 @@
 """The suite: a registry of ops, the gate, the rows, and what is printed and written.
 
     @op("whiten", cases=[{"d": 1024}], tiny={"d": 16})
-    def whitening(*, d: int, device: str) -> Iterator[Case]:
+    def whitening(*, d: int, device: str) -> Made:
         ...
         yield Case(f"d={d}", ours=..., opponents={"eigh, float64": ...}, goal=10.0, ...)
 
 A `Case` holds our work and its opponents' as functions without arguments. The suite calls each once and compares
 what they return: only where all agree within the tolerance is anything timed; otherwise the row is WRONG and the
-run fails. An op that measures something else (an experiment) yields finished rows instead.
+run fails. Each `yield` of a case gives its row back. An op that measures something else (an experiment) yields
+finished rows instead.
 
 Every row says: name, case, device, opponent, ratio (opponent's time / our time, the median over pairs), low and
 high (the 10 % and 90 % quantiles), goal (the ratio we want), of_roof (the least time this machine allows / our
@@ -24,8 +25,8 @@ import pkgutil
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +54,21 @@ class Case:
 
     What they return is compared with `reference()`, or where there is none with what ours returns (tensors,
     arrays, numbers, nested); relative difference: max|a - b| / max|b|, the worst part counts. `cost`: flops (in
-    `precision`) and bytes that cannot be avoided. `prepare`: called, untimed, before each call of ours, which takes
-    its result. `threads`: the numbers of torch threads that opponents may choose from (ours runs with the session's).
+    `precision`) and bytes that cannot be avoided. `prepare[name]` is called, untimed, before each call of that work
+    ("ours" or an opponent's), which takes its result. `threads`: the numbers of torch threads that opponents may
+    choose from (ours runs with the session's).
     """
 
     case: str
     ours: Callable[..., Any]
-    opponents: Mapping[str, Work]
+    opponents: Mapping[str, Callable[..., Any]]
     tolerance: float
     reference: Work | None = None
     goal: float | None = None
     cost: tuple[float, float] | None = None
     precision: str = "float32"
     threads: Sequence[int] = ()
-    prepare: Work | None = None
+    prepare: Mapping[str, Work] = field(default_factory=dict)
     view: Callable[[str, Any], Any] | None = None  # view(name, result): what of a result is compared
     same: bool = True  # False: the opponents do other work; ours alone is compared, with the reference if there is one
     effort: Effort | None = None
@@ -106,12 +108,16 @@ class Row:
         return self.state in (WRONG, FAILED)
 
 
+Made = Generator[Case | Row, Row, None]  # what an op is: cases or rows go out, rows come back
+Make = Callable[..., Made]
+
+
 @dataclass(frozen=True)
 class Op:
     """A registered op: `make(device=..., **case)` yields cases or rows."""
 
     name: str
-    make: Callable[..., Iterator[Case | Row]]
+    make: Make
     cases: tuple[Mapping[str, Any], ...]
     tiny: Mapping[str, Any]
     devices: tuple[str, ...]
@@ -152,10 +158,10 @@ def op(
     cases: Sequence[Mapping[str, Any]] = ({},),
     tiny: Mapping[str, Any] | None = None,
     devices: Sequence[str] = ("cpu",),
-) -> Callable[[Callable[..., Iterator[Case | Row]]], Callable[..., Iterator[Case | Row]]]:
+) -> Callable[[Make], Make]:
     """Registers a benchmark: `cases` are the arguments it runs with, `tiny` what changes for a smoke test."""
 
-    def register(make: Callable[..., Iterator[Case | Row]]) -> Callable[..., Iterator[Case | Row]]:
+    def register(make: Make) -> Make:
         _OPS[name] = Op(name, make, tuple(cases), dict(tiny or {}), tuple(devices))
         return make
 
@@ -219,10 +225,17 @@ def _rows(
 
     common = {"name": one.name, "device": device, "threads": torch.get_num_threads()}
     try:
-        for made in one.make(device=device, **arguments):
+        making = one.make(device=device, **arguments)
+        made = next(making, None)
+        while made is not None:
             row = made if isinstance(made, Row) else measure(made, device=device, effort=effort, roof=roof)
             row = replace(row, goal=None) if tiny else row  # goals are for full sizes
-            yield replace(_judged(row), **common)
+            row = replace(_judged(row), **common)
+            yield row
+            try:
+                made = making.send(row)
+            except StopIteration:
+                made = None
     except Missing as missing:
         yield Row(case=_told(arguments), state=SKIPPED, note=str(missing), **common)
     except ModuleNotFoundError as problem:
@@ -244,14 +257,14 @@ def measure(case: Case, *, device: str = "cpu", effort: Effort | None = None, ro
         if not worst <= case.tolerance:
             where = f"differs from {'the reference' if case.reference else 'ours'} by {worst:.1e}"
             return replace(row, state=WRONG, note=f"{who} {where}, tolerance {case.tolerance:.0e}; not timed")
-    opponent, threads, others = quickest(case.opponents, device=device, threads=case.threads)
+    opponent, threads, others = quickest(case.opponents, device=device, threads=case.threads, prepare=case.prepare)
     times = paired(
         case.ours,
         case.opponents[opponent],
         effort=case.effort or effort,
         device=device,
         threads=None if threads is None else (_session_threads(), threads),
-        prepare=case.prepare,
+        prepare=(case.prepare.get(OURS), case.prepare.get(opponent)),
     )
     low, high = times.spread
     ours_s, theirs_s = sorted(times.ours_s)[len(times.ours_s) // 2], sorted(times.theirs_s)[len(times.theirs_s) // 2]
@@ -286,10 +299,13 @@ def _judged(row: Row) -> Row:
 
 def _worst(case: Case) -> tuple[float, str]:
     """The largest difference, and whose it is."""
-    mine = case.ours(case.prepare()) if case.prepare else case.ours()
     view = case.view or (lambda _, result: result)
-    mine = view(OURS, mine)
-    results = {name: view(name, work()) for name, work in case.opponents.items() if case.same}
+
+    def result(name: str, work: Callable[..., Any]) -> Any:
+        return view(name, work(case.prepare[name]()) if name in case.prepare else work())
+
+    mine = result(OURS, case.ours)
+    results = {name: result(name, work) for name, work in case.opponents.items() if case.same}
     if case.reference is None:
         truth = mine
     else:

@@ -58,20 +58,23 @@ class Paired:
 
 
 def paired(
-    ours: Work,
-    theirs: Work,
+    ours: Callable[..., Any],
+    theirs: Callable[..., Any],
     *,
     effort: Effort | None = None,
     device: str = "cpu",
     threads: tuple[int, int] | None = None,
-    prepare: Work | None = None,
+    prepare: tuple[Work | None, Work | None] = (None, None),
 ) -> Paired:
     """Ours, theirs, ours, theirs, ...: both warm, with the collector off; `threads`: torch threads of each.
 
-    `prepare()` is called, untimed, before every call of ours, which then takes its result.
+    `prepare` of either is called, untimed, before every call, which then takes its result.
     """
     effort = effort or Effort()
-    both = (_Sampler(ours, device, threads and threads[0], prepare), _Sampler(theirs, device, threads and threads[1]))
+    both = (
+        _Sampler(ours, device, threads and threads[0], prepare[0]),
+        _Sampler(theirs, device, threads and threads[1], prepare[1]),
+    )
     times: tuple[list[float], list[float]] = ([], [])
     with _quiet():
         for sampler in both:
@@ -86,7 +89,12 @@ def paired(
 
 
 def quickest(
-    candidates: Mapping[str, Work], *, device: str = "cpu", threads: Sequence[int] = (), samples: int = 3
+    candidates: Mapping[str, Callable[..., Any]],
+    *,
+    device: str = "cpu",
+    threads: Sequence[int] = (),
+    prepare: Mapping[str, Work] | None = None,
+    samples: int = 3,
 ) -> tuple[str, int | None, dict[str, float]]:
     """The name of the fastest candidate, its best number of torch threads, and every candidate's best time in s."""
     if len(candidates) == 1 and len(threads) < 2:
@@ -96,7 +104,7 @@ def quickest(
     with _quiet():
         for name, work in candidates.items():
             for count in threads or (None,):
-                sampler = _Sampler(work, device, count)
+                sampler = _Sampler(work, device, count, (prepare or {}).get(name))
                 sampler.warm_up(SAMPLE_S)
                 time_s = sampler.sample()
                 if time_s < 10 * LONG_S:

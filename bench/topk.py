@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from bench.suite import Case, op
+from bench.suite import Case, Made, op
 from irgrow.kernels.topk import top_singular
 
 ENERGY = 1e-4  # of the energy of the best k directions, this much may be missed
@@ -19,7 +18,7 @@ ENERGY = 1e-4  # of the energy of the best k directions, this much may be missed
     tiny={"n": 160, "k": 2},
     devices=("cpu", "cuda"),
 )
-def topk(*, n: int, k: int, spectrum: str, device: str) -> Iterator[Case]:
+def topk(*, n: int, k: int, spectrum: str, device: str) -> Made:
     """The top k singular triplets of [n, n], float64, beside torch.linalg.svd; energy at least 0.9999 of the best.
 
     decaying: singular values 1/i (what growth matrices look like); flat: a Gaussian matrix, where randomised methods

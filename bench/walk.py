@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench import nets
-from bench.suite import Case, op
+from bench.suite import Case, Made, op
 from irgrow.kernels import walk as kernel
 from irgrow.kernels.activations import ACTIVATIONS
 
@@ -21,7 +20,7 @@ from irgrow.kernels.activations import ACTIVATIONS
     ],
     tiny={"neurons": 120},
 )
-def walk(*, neurons: int, batch: int, backward: bool, device: str) -> Iterator[Case]:
+def walk(*, neurons: int, batch: int, backward: bool, device: str) -> Made:
     """One call for a whole insertion-grown region, beside the same in torch, level by level, with autograd."""
     growth = nets.grow(neurons - 74, parents=16, inputs=64, outputs=10, seed=0)
     order, pointer, column, weight = _by_level(growth, 64, 10)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from bench.suite import Case, op
+from bench.suite import Case, Made, op
 from irgrow.kernels.whiten import whiten as kernel
 from irgrow.kernels.whiten import whiten_cost
 
 
 @op("whiten", cases=[{"d": 1024, "columns": 64}], tiny={"d": 24, "columns": 4}, devices=("cpu", "cuda"))
-def whiten(*, d: int, columns: int, device: str) -> Iterator[Case]:
+def whiten(*, d: int, columns: int, device: str) -> Made:
     """W^T N with W^T S W = I, float64, beside eigh in float64. S: covariance of 8 d samples, condition about 1e4.
 
     W is not unique, but N^T W W^T N is: that is compared.
