@@ -97,6 +97,12 @@ class InsertNeuron(Pass):
 
     def _choose(self, network: Network) -> tuple[int, list[int], list[float]]:
         """The primary parent and the others (global neuron indices, in group order) and the new weights."""
+        last = network.__dict__.get("_chosen")  # `requires` and `rewrite` ask one after the other
+        if last is None or last[0] is not self:
+            last = network.__dict__["_chosen"] = self, self._chosen(network)
+        return last[1]
+
+    def _chosen(self, network: Network) -> tuple[int, list[int], list[float]]:
         draw = np.random.default_rng(self.seed)
         level = np.concatenate([network.levels[name] for name in network.groups])
         inner = np.concatenate([np.full(g.neurons, g.name not in network.outputs) for g in network.groups.values()])
@@ -203,7 +209,8 @@ class InsertNeuron(Pass):
         """Edges with their tags, into the bundle between the two groups that holds such edges, or a new one."""
         for bundle in edit.bundles.values():
             if (bundle.source, bundle.target) == (source, target) and isinstance(bundle.pattern, Sparse):
-                if np.isin(t, bundle.pattern.target[bundle.pattern.source == s[0]]).any():
+                held = bundle.pattern.target[bundle.pattern.source == s[0]]
+                if held.size and np.isin(t, held).any():
                     continue  # parallel edges of two bundles stay in two bundles
                 if TAG not in bundle.pattern.tags:
                     edit.tag_edges(bundle.name, TAG, np.ones(bundle.pattern.source.size))
