@@ -147,7 +147,7 @@ def _filled(name: str, weight: Tensor, values: list[tuple[int, float]], count: i
         )
     if values:
         index, value = zip(*values, strict=True)
-        flat, at, given = weight.reshape(-1), torch.tensor(index), torch.tensor(value, dtype=weight.dtype)
+        flat, at, given = weight.reshape(-1), torch.tensor(index), weight.new_tensor(value)
         flat[at] = given
         if not torch.equal(flat[at], given):
             edge = int((flat[at] != given).nonzero()[0])

@@ -36,7 +36,7 @@ def interpret_groups(
 ) -> dict[str, Tensor]:
     """The activations `[B, *shape]` (float64) of every group; see `interpret`."""
     batch = check_inputs(network, inputs)
-    held = {n: t.double() for n, t in (network.tensors() | dict(tensors or {})).items()}
+    held = {n: t.to("cpu", torch.float64) for n, t in (network.tensors() | dict(tensors or {})).items()}
     groups = network.groups.values()
     first = dict(zip(network.groups, np.cumsum([0] + [g.neurons for g in groups]).tolist(), strict=False))
     level = torch.from_numpy(np.concatenate([network.levels[g.name] for g in groups])).long()
@@ -46,7 +46,7 @@ def interpret_groups(
     bounds = torch.searchsorted(level[target], torch.arange(int(level.max()) + 2)).tolist()
 
     y = torch.zeros(batch, level.numel(), dtype=torch.float64)
-    given = [x.double().reshape(batch, -1) for x in inputs]
+    given = [x.to("cpu", torch.float64).reshape(batch, -1) for x in inputs]
     for now in range(int(level.max()) + 1):
         edges = slice(bounds[now], bounds[now + 1])
         s, t, w = source[edges], target[edges], weight[edges]

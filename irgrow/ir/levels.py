@@ -135,7 +135,7 @@ def _inside(network: Network, names: tuple[str, ...], found: dict[str, NDArray[n
         path = [network.neuron(int(ids[n])) for n in cycle]
         shown = " -> ".join(f"{n.group} neuron {n.id}" for n in [*path[:6], path[0]])
         raise CyclicNetwork(
-            f"network: {len(path)} neurons feed themselves",
+            "network: neurons that feed themselves",
             shown if len(path) <= 6 else f"a cycle of {len(path)} neurons through {shown}",
             "no path from a neuron to itself",
             do="remove one of these edges",

@@ -164,10 +164,23 @@ def _serials(network: Network) -> None:
     order = np.argsort(start, kind="stable")
     start, width = start[order], width[order]
     clash = np.flatnonzero(start[:-1] + width[:-1] > start[1:])
-    if clash.size or (start.size and start[0] < 0):
-        raise BadSerial("network", f"the serial {start[clash[0] + 1] if clash.size else start[0]} twice or below 0")
-    if start.size and start[-1] + width[-1] > network.next_serial:
+    if clash.size or start[0] < 0:
+        raise _taken(network, int(order[clash[0] + 1] if start[0] >= 0 else order[0]))
+    if start[-1] + width[-1] > network.next_serial:
         raise BadSerial("network: next serial", network.next_serial, f"at least {start[-1] + width[-1]}")
+
+
+def _taken(network: Network, unit: int) -> BadSerial:
+    """The error for a unit's serial, units counted over all groups."""
+    for g in network.groups.values():
+        if unit < g.units:
+            break
+        unit -= g.units
+    return BadSerial(
+        f"group {g.name!r}",
+        f"serial {g.serials[unit]} of unit {unit}, which is taken or below 0",
+        "serials from 0 that leave room for every position",
+    )
 
 
 def _tensors(network: Network) -> None:

@@ -468,7 +468,7 @@ def _an_edge_twice(network: Network, draw: random.Random) -> Network | None:
 
 
 @_corruption(
-    CyclicNetwork, r"network: 1 neurons feed themselves: found (\w+) neuron (\d+) -> \1 neuron \2, expected no"
+    CyclicNetwork, r"network: neurons that feed themselves: found (\w+) neuron (\d+) -> \1 neuron \2, expected no"
 )
 def _a_neuron_that_feeds_itself(network: Network, draw: random.Random) -> Network | None:
     looped = {name for names, cyclic in network.components if cyclic for name in names}
@@ -480,7 +480,7 @@ def _a_neuron_that_feeds_itself(network: Network, draw: random.Random) -> Networ
 
 
 @_corruption(
-    CyclicNetwork, r"network: \d+ neurons feed themselves: found .*neuron \d+ -> .*, expected no path from a n"
+    CyclicNetwork, r"network: neurons that feed themselves: found .*neuron \d+ -> .*, expected no path from a n"
 )
 def _a_long_cycle(network: Network, draw: random.Random) -> Network | None:
     """From some hidden neuron back to one of its parents."""
@@ -513,7 +513,7 @@ def _an_output_that_nothing_feeds(network: Network, draw: random.Random) -> Netw
 # ---- serials --------------------------------------------------------------------------------------------------
 
 
-@_corruption(BadSerial, r"network: found the serial \d+ twice or below 0")
+@_corruption(BadSerial, r"group .\w+.: found serial \d+ of unit \d+, which is taken or below 0, expected serials")
 def _a_serial_twice(network: Network, draw: random.Random) -> Network | None:
     first, second = draw.sample(list(network.groups.values()), 2)
     serials = second.serials.copy()
@@ -521,7 +521,7 @@ def _a_serial_twice(network: Network, draw: random.Random) -> Network | None:
     return _group(network, second, serials=serials)
 
 
-@_corruption(BadSerial, r"network: found the serial -\d+ twice or below 0")
+@_corruption(BadSerial, r"group .\w+.: found serial -\d+ of unit \d+, which is taken or below 0, expected serials")
 def _a_negative_serial(network: Network, draw: random.Random) -> Network:
     group = draw.choice(list(network.groups.values()))
     serials = group.serials.copy()

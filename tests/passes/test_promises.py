@@ -197,7 +197,7 @@ CAUGHT = {
     DrawsWithoutASeed: (AssertionError, r"applied twice to one network, it gives two different ones"),
     ReadsWeights: (AssertionError, r"does it depend on weights \(reads_weights\)"),
     NotFirstOrder: (PromiseBroken, r"outputs that change by .* at scale 0"),
-    ABrokenNetwork: (ig.IrgrowError, r"network: found the serial \d+ twice"),
+    ABrokenNetwork: (ig.IrgrowError, r"found serial \d+ of unit \d+, which is taken"),
 }
 
 
