@@ -115,7 +115,7 @@ def test_a_plain_graph() -> None:
 
 def test_a_plain_graph_with_a_cycle() -> None:
     graph = nx.DiGraph([(0, 1), (1, 2), (2, 1), (2, 3)])
-    with pytest.raises(CyclicNetwork, match=r"neurons that feed themselves: found hidden_relu neuron 1 -> .* 2 -> .* 1"):
+    with pytest.raises(CyclicNetwork, match=r"neurons that feed themselves: found hidden_relu neuron 1 -> .* 1"):
         ig.from_networkx(graph)
 
 
