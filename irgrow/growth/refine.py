@@ -17,6 +17,8 @@ from torch import Tensor
 
 from irgrow.growth.data import Batch, Loss, as_inputs
 from irgrow.ir.errors import BadData, UnknownName
+from irgrow.ir.lineage import Axes
+from irgrow.ir.morphism import Morphism
 from irgrow.ir.network import Network
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.site import Site
@@ -91,8 +93,10 @@ class Trial:
         touched |= {n for n in now if n.startswith("bias.") and now[n].shape != old[n].shape}
         self._base = {n: grown.lineage.gather(old, n, now[n]).clone() for n in touched}
         full = self._difference(network, alone, now)
-        number = torch.arange(1, self.units + 1, dtype=torch.float64)
-        place = {n: d.round().long() for n, d in self._difference(network, _filled(alone, number)).items()}
+        place = {n: found for n in touched if (found := self._numbered(grown, n)) is not None}
+        if set(place) != touched:  # explicit edges: let the pass place numbers
+            number = torch.arange(1, self.units + 1, dtype=torch.float64)
+            place = {n: d.round().long() for n, d in self._difference(network, _filled(alone, number)).items()}
         leaving = {f"weight.{name}" for name in proposal.fan_out}
         self.where = {
             "in": {n: d for n, d in place.items() if n not in leaving},
@@ -105,6 +109,20 @@ class Trial:
         }
         self.ones = torch.ones(self.units, dtype=network.dtype, device=device)
         self.before = self.loss(self.ones, 0 * self.ones, 0.0)
+
+    def _numbered(self, grown: Morphism, name: str) -> Tensor | None:
+        """For every entry of a tensor the number of its unit, from 1 (0: old), where units are ranges of one axis."""
+        gathers = grown.lineage.gathers[name]
+        if len(gathers) != 1 or not isinstance(gathers[0], Axes):
+            return None
+        fresh = [(a, i < 0) for a, i in enumerate(gathers[0].index) if i is not None and bool((i < 0).any())]
+        if len(fresh) != 1 or int(fresh[0][1].sum()) % self.units:
+            return None
+        axis, new = fresh[0]
+        per = int(new.sum()) // self.units  # a spatial unit has several neurons, which stand together
+        number = torch.where(new, 1 + (new.cumsum(0) - 1) // per, 0)
+        shape = [-1 if a == axis else 1 for a in range(len(gathers[0].shape))]
+        return number.reshape(shape).expand(gathers[0].shape).contiguous()
 
     @property
     def silent(self) -> bool:
