@@ -119,12 +119,21 @@ def cnn(channels: Sequence[int], size: int, stride: int, kernel: str, method: st
 
 
 def grow(
-    model: Any, layer: int, batches: Batches, search: Batches | None, loss: Summed, *, units: int, method: str
+    model: Any,
+    layer: int,
+    batches: Batches,
+    search: Batches | None,
+    loss: Summed,
+    *,
+    units: int,
+    method: str,
+    keep: list[Tensor] | None = None,
 ) -> float:
     """`units` neurons have been added in front of growable layer `layer`; returns the amplitude that was chosen.
 
     `loss(outputs, targets)` is summed over samples. GradMax does not change outputs, so it needs no line search:
     its fan-out gets the mean norm of the existing ones. Without data to `search` on the amplitude is 1.
+    `keep`: an empty list receives the matrix N (the desired move that is left, against the new fan-in).
     """
     model.eval()
     model.set_growing_layers(index=layer)
@@ -137,6 +146,9 @@ def grow(
         warnings.simplefilter("ignore")  # "using the pseudo-inverse"
         # Threshold at 0: as many units as asked for, also where their singular values are small.
         model.compute_optimal_updates(maximum_added_neurons=units, statistical_threshold=0.0, **OPTIONS[method])
+    if keep is not None and not keep:
+        [grown] = model._growing_layers
+        keep.append(grown.tensor_n.detach().clone())
     model.reset_computation()
     model.dummy_select_update()
     best = 1.0

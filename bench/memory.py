@@ -3,7 +3,8 @@
     python -m bench.memory bench.patches unfolded '{"what": "gram"}'
 
 imports the module, calls the function with these arguments, which sets everything up and returns the work, runs
-the work once to warm up, then once more, and prints how far the resident set rose above what it was before.
+the work once to warm up, then once more, and prints how far the resident set rose above what it was before, and
+how far it rose in all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,17 @@ ROOT = Path(__file__).parent.parent
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_bytes(module: str, function: str, arguments: Mapping[str, Any], *, warm: bool = True) -> tuple[int, Any]:
-    """How many bytes the work needs at its peak, beyond what stands before it; and what it reports (if it is JSON).
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at the peak: `above` what stood before the work, and of the `whole` process; what the work returned."""
+
+    above: int
+    whole: int
+    result: Any
+
+
+def peak(module: str, function: str, arguments: Mapping[str, Any], *, warm: bool = True) -> Peak:
+    """What the work needs at its peak, and what it returned if that is JSON.
 
     Raises RuntimeError where the process fails (it needs Linux's /proc).
     """
@@ -31,8 +42,7 @@ def peak_bytes(module: str, function: str, arguments: Mapping[str, Any], *, warm
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"bench.memory {module} {function}: {done.stderr.strip().splitlines()[-1:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return int(found["peak"]), found["result"]
+    return Peak(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def _main(module: str, function: str, arguments: str, warm: str) -> None:
@@ -44,11 +54,13 @@ def _main(module: str, function: str, arguments: str, warm: str) -> None:
     before = _status("VmRSS")
     CLEAR.write_text("5")  # forgets the highest resident set so far
     result = work()
-    peak = _status("VmHWM") - before
+    highest = _status("VmHWM")
+    found = {"above": highest - before, "whole": highest, "result": result}
     try:
-        print(json.dumps({"peak": peak, "result": result}))
+        text = json.dumps(found)
     except TypeError:
-        print(json.dumps({"peak": peak, "result": None}))
+        text = json.dumps({**found, "result": None})
+    print(text)
 
 
 def _status(field: str) -> int:

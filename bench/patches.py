@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from bench.memory import peak_bytes
+from bench.memory import peak
 from bench.suite import Case, Made, Row, op
 from irgrow.kernels import patches as kernel
 
@@ -48,7 +48,7 @@ def patches(*, what: str, batch: int, channels: int, size: int, device: str) -> 
         )
     if device == "cpu":
         arguments = {"what": what, "batch": batch, "channels": channels, "size": size}
-        mine, theirs = (peak_bytes("bench.patches", name, arguments)[0] for name in ("ours_alone", "unfolded_alone"))
+        mine, theirs = (peak("bench.patches", name, arguments).above for name in ("ours_alone", "unfolded_alone"))
         yield Row(
             f"{what}: peak memory",
             ratio=theirs / max(1, mine),

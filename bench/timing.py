@@ -114,14 +114,12 @@ def quickest(
     return best[1], best[2], found
 
 
-def once(work: Work, *, device: str = "cpu") -> tuple[float, Any]:
-    """The time in s of a single call, and what it returned."""
+def min_s(work: Work, *, device: str = "cpu", samples: int = 9) -> float:
+    """The shortest of a few samples, in seconds per call: for a unit of measurement."""
     with _quiet():
-        _finish(device)
-        start = time.perf_counter()
-        result = work()
-        _finish(device)
-        return time.perf_counter() - start, result
+        sampler = _Sampler(work, device, None)
+        sampler.warm_up(SAMPLE_S)
+        return min(sampler.sample() for _ in range(samples))
 
 
 def quantile(values: Sequence[float], q: float) -> float:
