@@ -46,6 +46,21 @@ def patches(*, what: str, batch: int, channels: int, size: int, device: str) -> 
             goal=goal if full_size else None,
             cost=(flops, moved),
         )
+    if what == "cross":
+        x, y = images
+        shape_w = (channels, channels, KERNEL, KERNEL)
+
+        def conv2d_weight() -> torch.Tensor:
+            found = torch.nn.grad.conv2d_weight(x, shape_w, y, padding=PADDING)
+            return found.flatten(1).T
+
+        yield Case(
+            label,
+            ours=_ours(what, images),
+            opponents={"torch.nn.grad.conv2d_weight, float32": conv2d_weight},
+            tolerance=1e-5,
+            cost=(flops, moved),
+        )
     if device == "cpu":
         arguments = {"what": what, "batch": batch, "channels": channels, "size": size}
         mine, theirs = (peak("bench.patches", name, arguments).above for name in ("ours_alone", "unfolded_alone"))

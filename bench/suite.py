@@ -44,6 +44,10 @@ class Misuse(Exception):
     """Something was asked for that cannot be done; its text is one line for the caller."""
 
 
+class NoDevice(Misuse):
+    """A device was asked for that is not there, or that an op does not run on."""
+
+
 class Missing(Exception):
     """A library that a case needs is not installed; its text says which."""
 
@@ -202,7 +206,7 @@ def run(
         if name not in known:
             raise Misuse(f"no op {name!r}, expected one of {', '.join(known)}")
         if device not in known[name].devices:
-            raise Misuse(f"{name} runs on {', '.join(known[name].devices)}, not on {device}")
+            raise NoDevice(f"{name} runs on {', '.join(known[name].devices)}, not on {device}")
     todo = [(known[name], known[name].selected(shapes or {})) for name in chosen]
     roof, rows, text = roof or Roof(device), list[Row](), machine(device)
     say(text)
@@ -344,10 +348,10 @@ def check_device(device: str) -> None:
     import torch
 
     if device.partition(":")[0] != "cuda":
-        raise Misuse(f"device {device!r}, expected cpu or cuda")
+        raise NoDevice(f"device {device!r}, expected cpu or cuda")
     if not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        raise Misuse(f"asked for device {device!r}, and {why} (torch {torch.__version__}); nothing was measured")
+        raise NoDevice(f"asked for device {device!r}, and {why} (torch {torch.__version__}); nothing was measured")
 
 
 def _session_threads() -> int:

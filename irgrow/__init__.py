@@ -23,6 +23,7 @@ _HOME = {
     "irgrow.ir.statistics": ("Statistics",),
     "irgrow.ir.proposal": ("Proposal",),
     "irgrow.ir.errors": ("IrgrowError",),
+    "irgrow.benchmarks": ("bench",),
     "irgrow.passes": (
         "Pass",
         "SplitUnit",
