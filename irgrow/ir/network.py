@@ -433,6 +433,9 @@ class Network:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        return self.clone()  # keeps what was computed about the structure
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Network, (dict(self.groups), dict(self.bundles), self.inputs, self.outputs, self.next_serial)
 

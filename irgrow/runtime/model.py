@@ -140,6 +140,7 @@ class CompiledNetwork(nn.Module):
         carried, and names the parameters whose optimizer state had to start fresh.
         """
         models = [self, *extra]
+        _ = morphism.after.structure  # hashed once, here: the models take it along with the structure
         carried = grow(models, morphism, optimizer)
         for model in models:
             model.ledger = model.ledger.and_then(morphism)
