@@ -302,7 +302,12 @@ class Edit:
             count + new,
             merged,
         )
-        self._replace_flat(name, after, torch.cat([torch.arange(count), torch.full((new,), -1)]))
+        index_of = torch.cat([torch.arange(count), torch.full((new,), -1)])
+        if bundle.weight.dim() == 1:  # old weights stay where they are: a gather that only appends is cheap
+            one = (None,)
+            self.repattern(name, after, Axes(bundle.tensor, (count,), (count + new,), (index_of,), one, one))
+        else:
+            self._replace_flat(name, after, index_of)
         value = torch.cat(
             [self.bundles[name].weight[:count], weight.detach().reshape(-1).to(self.bundles[name].weight)]
         )

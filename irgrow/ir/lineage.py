@@ -266,6 +266,10 @@ class Flat(Gather):
     def then(self, later: Gather) -> Gather:
         if later.exact:
             return self
+        if isinstance(later, Axes) and len(later.shape) == 1 and later.appends:
+            more = later.shape[0] - self.index.numel()
+            ends = (F.pad(f, (0, more), value=1.0) if f is not None else None for f in (self.value, self.gradient))
+            return Flat(self.source, self.old_shape, later.shape, F.pad(self.index, (0, more), value=-1), *ends)
         other = later.flat()
         at = other.index.clamp(min=0)
         lost = other.index < 0
