@@ -54,7 +54,7 @@ def large_graph(*, neurons: int, edges: int, device: str) -> Made:
     tenth = random_edges(neurons // 10, edges // 10)
     yield Case(
         f"{neurons // 10:,} neurons, {edges // 10:,} edges",
-        ours=lambda: _levels(neurons // 10, tenth)[0],
+        ours=lambda: levels(neurons // 10, tenth)[0],
         opponents={"networkx": lambda: _by_networkx(neurons // 10, tenth)},
         tolerance=0.0,
     )
@@ -63,7 +63,7 @@ def large_graph(*, neurons: int, edges: int, device: str) -> Made:
 def alone(*, neurons: int, edges: int) -> Callable[[], dict[str, float]]:
     """The work on its own, for the process that measures memory: returns where the time went."""
     given = random_edges(neurons, edges)
-    return lambda: _levels(neurons, given)[1]
+    return lambda: levels(neurons, given)[1]
 
 
 def random_edges(neurons: int, edges: int, seed: int = 0) -> Edges:
@@ -77,7 +77,7 @@ def random_edges(neurons: int, edges: int, seed: int = 0) -> Edges:
     return names[once % neurons], names[once // neurons], weights
 
 
-def _levels(neurons: int, edges: Edges) -> tuple[Any, dict[str, float]]:
+def levels(neurons: int, edges: Edges) -> tuple[Any, dict[str, float]]:
     """The depth of every neuron in the large group, and where the time went."""
     source, target, weight = edges
     begun = time.perf_counter()
@@ -93,10 +93,10 @@ def _levels(neurons: int, edges: Edges) -> tuple[Any, dict[str, float]]:
     made = time.perf_counter()
     network.verify()
     verified = time.perf_counter()
-    levels = network.levels["h"]
+    depths = network.levels["h"]
     done = time.perf_counter()
     times = {"build": made - begun, "verify": verified - made, "levels": done - verified, "all": done - begun}
-    return levels, times
+    return depths, times
 
 
 def _by_networkx(neurons: int, edges: Edges) -> Any:
