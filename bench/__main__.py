@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             names,
             device=arguments.device,
             shapes=_shapes(arguments.shapes),
-            effort=timing.Effort(seconds=arguments.seconds),
+            effort=None if arguments.tiny else timing.Effort(seconds=arguments.seconds),
             tiny=arguments.tiny,
             roof=roof,
         )

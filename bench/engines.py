@@ -7,6 +7,7 @@ no buffer. With gradients torch's autograd does the backward; masks are applied 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -257,7 +258,9 @@ def _csr_parts(levels: Levels, level: Level) -> tuple[Tensor, Product]:
 
 def _csr_tensor(level: Level, column: Index, width: int, weights: Tensor) -> Tensor:
     pointer, index = (torch.from_numpy(part.astype(np.int32)) for part in (level.pointer, column))
-    return torch.sparse_csr_tensor(pointer, index, weights.clone(), (level.rows, width), check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "in beta state"
+        return torch.sparse_csr_tensor(pointer, index, weights.clone(), (level.rows, width), check_invariants=True)
 
 
 def _from_csr(level: Level, gradient: Tensor) -> Tensor:

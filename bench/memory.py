@@ -41,7 +41,7 @@ def peak(module: str, function: str, arguments: Mapping[str, Any], *, warm: bool
     command = [sys.executable, "-m", "bench.memory", module, function, json.dumps(dict(arguments)), str(int(warm))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"bench.memory {module} {function}: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"bench.memory {module} {function}: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -68,7 +68,7 @@ def roofline(rows: Sequence[Row], path: Path, *, roof: Roof | None = None) -> Pa
             alpha=0.85,
             edgecolors="white",
             linewidths=0.6,
-            label=name,
+            label=name or "case",
             zorder=3,
         )
     axes.set(

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.timing import Effort, Roof, Work, paired, quickest
+from bench.timing import QUICK, Effort, Roof, Work, paired, quickest
 
 RESULTS = Path(__file__).parent / "results"
 LATEST = RESULTS / "latest.json"
@@ -200,6 +200,7 @@ def run(
     becomes a row that says so; see `Row.failed`.
     """
     check_device(device)
+    effort = effort or (QUICK if tiny else None)
     known = ops()
     chosen = list(names) or [name for name, one in known.items() if device in one.devices]
     for name in chosen:
@@ -232,8 +233,9 @@ def _rows(
         making = one.make(device=device, **arguments)
         made = next(making, None)
         while made is not None:
+            if tiny:  # goals are for full sizes, and so is the time to spend
+                made = replace(made, goal=None, effort=None) if isinstance(made, Case) else replace(made, goal=None)
             row = made if isinstance(made, Row) else measure(made, device=device, effort=effort, roof=roof)
-            row = replace(row, goal=None) if tiny else row  # goals are for full sizes
             row = replace(_judged(row), **common)
             yield row
             try:
@@ -253,6 +255,7 @@ def _rows(
 
 def measure(case: Case, *, device: str = "cpu", effort: Effort | None = None, roof: Roof | None = None) -> Row:
     """The row of a case: its results compared, then timed against the quickest opponent."""
+    effort = case.effort or effort
     compares = case.same or case.reference is not None
     row = Row(case=case.case, goal=case.goal, tolerance=case.tolerance if compares else None, note=case.note)
     if compares:
@@ -265,7 +268,7 @@ def measure(case: Case, *, device: str = "cpu", effort: Effort | None = None, ro
     times = paired(
         case.ours,
         case.opponents[opponent],
-        effort=case.effort or effort,
+        effort=effort,
         device=device,
         threads=None if threads is None else (_session_threads(), threads),
         prepare=(case.prepare.get(OURS), case.prepare.get(opponent)),

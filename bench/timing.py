@@ -32,7 +32,7 @@ class Effort:
     sample_s: float = SAMPLE_S
 
 
-QUICK = Effort(pairs=3, seconds=0.2, least=2, sample_s=0.0)
+QUICK = Effort(pairs=2, seconds=0.05, least=2, sample_s=0.0)  # does it run at all?
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,22 @@ def quickest(
     device: str = "cpu",
     threads: Sequence[int] = (),
     prepare: Mapping[str, Work] | None = None,
-    samples: int = 3,
+    effort: Effort | None = None,
 ) -> tuple[str, int | None, dict[str, float]]:
     """The name of the fastest candidate, its best number of torch threads, and every candidate's best time in s."""
     if len(candidates) == 1 and len(threads) < 2:
         return next(iter(candidates)), (threads or (None,))[0], {}
+    effort = effort or Effort()
     found: dict[str, float] = {}
     best: tuple[float, str, int | None] = (math.inf, "", None)
     with _quiet():
         for name, work in candidates.items():
             for count in threads or (None,):
                 sampler = _Sampler(work, device, count, (prepare or {}).get(name))
-                sampler.warm_up(SAMPLE_S)
+                sampler.warm_up(effort.sample_s)
                 time_s = sampler.sample()
                 if time_s < 10 * LONG_S:
-                    time_s = min([time_s, *(sampler.sample() for _ in range(samples - 1))])
+                    time_s = min([time_s, *(sampler.sample() for _ in range(effort.least // 2))])
                 found[name] = min(time_s, found.get(name, math.inf))
                 best = min(best, (time_s, name, count), key=lambda entry: entry[0])
     return best[1], best[2], found
@@ -172,9 +173,9 @@ class _Sampler:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No garbage collection inside; one before."""
+    """No garbage collection inside; one of what is young before."""
     enabled = gc.isenabled()
-    gc.collect()
+    gc.collect(1)
     gc.disable()
     try:
         yield
