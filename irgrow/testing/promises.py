@@ -56,7 +56,7 @@ def fingerprint(network: Network) -> str:
     digest = hashlib.sha256(fresh.structure.encode())
     for name, tensor in fresh.tensors().items():
         digest.update(f"{name}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().double().numpy().tobytes())  # float64 holds every smaller dtype exactly
     return digest.hexdigest()
 
 
