@@ -73,7 +73,7 @@ class Proposal:
             for name, tensor in table.items():
                 if tensor is not None:
                     digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    digest.update(tensor.detach().cpu().double().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
