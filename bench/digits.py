@@ -154,9 +154,10 @@ def _ours(config: Any, how: str, data: tuple[Data, Data]) -> Outcome:
 
 def _fixed(config: Any, hidden: int, data: tuple[Data, Data]) -> Outcome:
     weights, biases = _start(hidden, config.seed)
-    model = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    layers = nn.Linear(64, hidden), nn.Linear(hidden, 10)
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
     with torch.no_grad():
-        for layer, weight, bias in zip((model[0], model[2]), weights, biases, strict=True):
+        for layer, weight, bias in zip(layers, weights, biases, strict=True):
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
     return _train(f"64-{hidden}-10, fixed", model, config, data, None, 0)

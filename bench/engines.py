@@ -8,9 +8,9 @@ no buffer. With gradients torch's autograd does the backward; masks are applied 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,8 @@ class Levels:
 
 Engine = Callable[[], Any]
 Product = Callable[[Tensor], Tensor]
+Builder = Callable[["Levels", "Level"], tuple[Tensor, Product]]
+Reader = Callable[["Level", Tensor], Tensor]
 
 
 def forward_engines(levels: Levels, x: Tensor) -> dict[str, Engine]:
@@ -155,18 +157,19 @@ def training_engines(levels: Levels, x: Tensor, g: Tensor) -> dict[str, tuple[En
 
     made["torch scatter per level"] = run_scatter, lambda gradient: gradient
 
-    for name, build, values in (
+    builders: tuple[tuple[str, Builder, Reader], ...] = (
         ("torch dense per level", _dense_parts, _from_dense),
         ("torch CSR per level", _csr_parts, _from_csr),
-    ):
+    )
+    for name, build, read in builders:
         pairs = [build(levels, one) for one in levels.levels]
-        made[name] = (
-            _backward_run(levels, given, incoming, pairs),
-            lambda gradients, values=values: torch.cat(
-                [values(one, gradient) for one, gradient in zip(levels.levels, gradients, strict=True)]
-            ),
-        )
+        made[name] = _backward_run(levels, given, incoming, pairs), partial(_joined, levels, read)
     return made
+
+
+def _joined(levels: Levels, read: Reader, gradients: Sequence[Tensor]) -> Tensor:
+    """The gradients of every level's leaf as one vector in level order."""
+    return torch.cat([read(one, gradient) for one, gradient in zip(levels.levels, gradients, strict=True)])
 
 
 def _backward_run(

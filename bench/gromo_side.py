@@ -111,6 +111,7 @@ def cnn(channels: Sequence[int], size: int, stride: int, kernel: str, method: st
 
         def extended_forward(self, x: Tensor, mask: dict[str, Any] | None = None) -> Tensor:
             extension = None
+            layer: Any
             for layer in self.layers:
                 x, extension = layer.extended_forward(x, extension)
             return x

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def small_world(
 
 
 @njit(cache=True)
-def _insert(inputs, outputs, start, drawn, seed):
+def _insert(inputs: int, outputs: int, start: Any, drawn: Any, seed: int) -> tuple[Any, Any, Any, Any, Any]:
     np.random.seed(seed)
     insertions, parents = drawn.shape
     neurons, edges = inputs + outputs + insertions, inputs * outputs + insertions * parents
@@ -190,7 +191,7 @@ def _insert(inputs, outputs, start, drawn, seed):
 
 
 @njit(cache=True)
-def _draw(inputs, outputs, neurons):
+def _draw(inputs: int, outputs: int, neurons: int) -> Any:
     """A neuron that is no output."""
     k = np.random.randint(0, neurons - outputs)
     return k if k < inputs else k + outputs

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.grad import conv2d_weight as torch_conv2d_weight
 
 from bench.memory import peak
 from bench.suite import Case, Made, Row, op
@@ -51,7 +52,7 @@ def patches(*, what: str, batch: int, channels: int, size: int, device: str) -> 
         shape_w = (channels, channels, KERNEL, KERNEL)
 
         def conv2d_weight() -> torch.Tensor:
-            found = torch.nn.grad.conv2d_weight(x, shape_w, y, padding=PADDING)
+            found = torch_conv2d_weight(x, shape_w, y, padding=PADDING)
             return found.flatten(1).T
 
         yield Case(

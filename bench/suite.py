@@ -228,7 +228,7 @@ def _rows(
 ) -> Iterator[Row]:
     import torch
 
-    common = {"name": one.name, "device": device, "threads": torch.get_num_threads()}
+    common: dict[str, Any] = {"name": one.name, "device": device, "threads": torch.get_num_threads()}
     try:
         making = one.make(device=device, **arguments)
         made = next(making, None)

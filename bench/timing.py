@@ -159,10 +159,8 @@ class _Sampler:
             return self._timed() / self._repeats
 
     def _timed(self) -> float:
-        if self._prepare is not None:
-            work: Work = partial(self._work, self._prepare())
-        else:
-            work = self._work
+        prepare = self._prepare
+        work: Work = self._work if prepare is None else partial(self._work, prepare())
         _finish(self._device)
         start = time.perf_counter()
         for _ in range(self._repeats):
@@ -229,7 +227,7 @@ class Roof:
             n = 8192 if self.device.startswith("cuda") else 2048
             a, b = (torch.randn(n, n, device=self.device, dtype=getattr(torch, precision)) for _ in range(2))
             products: list[Work] = [lambda: a @ b]
-            onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+            onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
             usable = onednn is not None and torch.backends.mkldnn.is_available()
             if self.device == "cpu" and precision == "float32" and usable:
                 products.append(lambda: onednn(a, b, None, "none", [], ""))
