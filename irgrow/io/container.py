@@ -98,6 +98,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 1:  # counts as contiguous whatever its stride, but cannot be viewed as bytes
+        flat = flat.as_strided((1,), (1,))
     return flat.view(torch.uint8).numpy().data
 
 

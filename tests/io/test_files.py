@@ -269,3 +269,10 @@ def test_a_link_stays_a_link_and_permissions_stay(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert ig.load(target) == ZOO["cnn"]
     assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_single_number_of_any_stride_is_saved(tmp_path: Path) -> None:
+    wide = torch.randn(1, 2, dtype=torch.float64)
+    network = ig.mlp([1, 1], bias=False, dtype=torch.float64).with_tensors({"weight.input_output": wide[:, :1]})
+    ig.save(tmp_path / "one.safetensors", network)
+    assert ig.load(tmp_path / "one.safetensors") == network
