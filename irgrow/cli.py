@@ -4,6 +4,7 @@
     irgrow show FILE                      print or draw a checkpoint
     irgrow doctor                         is everything installed and working?
     irgrow bench                          the repository's benchmarks
+    irgrow reproduce teacher-student      an experiment of a paper, with the controls it lacks
 
 Nothing heavy is imported until a subcommand runs: `irgrow --help` does not wait for torch.
 Exit codes: 0 done, 1 doctor found a failure, 2 a mistake of the caller's, 130 interrupted.
@@ -85,6 +86,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
 
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="run an experiment of a paper",
+        description="Run a paper's experiment with the controls it lacks; say for every claim whether it holds.",
+    )
+    reproduce.add_argument("names", nargs="*", metavar="NAME", help="which experiments (--list says what there is)")
+    reproduce.add_argument("--list", action="store_true", help="the experiments, and what each shows")
+    reproduce.add_argument("--seeds", type=_positive, metavar="N", help="how many seeds (default: the experiment's)")
+    reproduce.add_argument("--full", action="store_true", help="the paper's own setting, where its data is there")
+    reproduce.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: runs/NAME)")
+    reproduce.add_argument("--quiet", action="store_true", help="no progress bar")
+    reproduce.set_defaults(run=_reproduce)
+
     bench = commands.add_parser(
         "bench",
         help="run the benchmarks (in a checkout)",
@@ -114,6 +128,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from irgrow import doctor
 
     return doctor.main()
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from irgrow.experiments import reproduce
+
+    if arguments.list:
+        for name, about in reproduce.EXPERIMENTS.items():
+            print(f"{name:<18} {about.summary}  [{about.paper}]")
+        return 0
+    if not arguments.names:
+        return _complain(f"reproduce: no experiment named, expected one of {', '.join(reproduce.EXPERIMENTS)}")
+    return reproduce.main(arguments.names, vars(arguments))
 
 
 def _bench(arguments: argparse.Namespace) -> int:
