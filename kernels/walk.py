@@ -10,6 +10,7 @@ feature-major: one row per neuron, the batch contiguous.
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,18 +30,30 @@ from irgrow.kernels.walk_plan import MAX, SUM, WalkPlan, plan
 __all__ = ["MAX", "SUM", "WalkPlan", "cost", "plan", "walk", "walk_reference"]
 
 _FUNCTION = {a.code: a.function for a in ACTIVATIONS.values()}
+Vector = Tensor | Sequence[Tensor]  # one flat vector, or tensors of any shape that make it up one after the other
+
+
+def joined(parts: Vector, like: Tensor) -> Tensor:
+    """The parts as one flat vector; an empty one like `like` if there are none."""
+    if isinstance(parts, Tensor):
+        return parts
+    flat = [part.reshape(-1) for part in parts]
+    if len(flat) == 1:
+        return flat[0]
+    return torch.cat(flat) if flat else like.new_zeros(0)
 
 
 # --- what it means --------------------------------------------------------------------------------------------
 
 
 def walk_reference(
-    plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None = None, offset: Tensor | None = None
+    plan: WalkPlan, inputs: Tensor, weights: Vector, biases: Vector | None = None, offset: Tensor | None = None
 ) -> Tensor:
     """`walk` in plain torch, level by level: any dtype and device, differentiable any number of times, torch.func.
 
     Copies all earlier values once per level, so a deep region costs O(levels * rows * batch).
     """
+    weights, biases = joined(weights, inputs), None if biases is None else joined(biases, inputs)
     values, computed = inputs, []
     for level in _levels(plan, inputs.device):
         parts = values.index_select(0, level.column) * weights.index_select(0, level.weight)[:, None]
@@ -133,6 +146,7 @@ _LINE_BYTES = 64  # lanes.py
 _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
 _WORK_PER_THREAD = 6_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
 _LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}  # what the compiled code runs for
+Parts = tuple[Tensor, ...]
 
 
 @lru_cache(1)
@@ -146,13 +160,16 @@ def _kernels() -> Any:
 
 
 def _forward(
-    plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None, offset: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(values [neurons, B], the buffer of all value rows they are a view of, the slopes to store if `keep`)."""
+    plan: WalkPlan, inputs: Tensor, weights: Parts, biases: Parts, offset: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(values [neurons, B], the buffer of all value rows they are a view of, the slopes to store if `keep`, weights).
+
+    Nothing here is left to torch's own threads: waking them costs more than a small network takes.
+    """
     batch = inputs.shape[1]
     pitch = _pitch(batch, inputs)
-    inputs, weights = _by_rows(inputs), weights.resolve_neg().contiguous()
-    biases = None if biases is None else biases.resolve_neg().contiguous()
+    inputs = inputs.resolve_neg()
+    flat_weights, flat_biases = _flat(weights, inputs), _flat(biases, inputs)
     offset = None if offset is None else _by_rows(offset)
     buffer = inputs.new_empty((plan.rows, pitch))
     slopes = inputs.new_empty((plan.slopes, pitch)) if keep and plan.slopes else None
@@ -165,8 +182,9 @@ def _forward(
             pitch,
             inputs.data_ptr(),
             inputs.stride(0),
-            weights.data_ptr(),
-            0 if biases is None else biases.data_ptr(),
+            inputs.stride(1),
+            flat_weights.data_ptr(),
+            flat_biases.data_ptr(),
             0 if offset is None else offset.data_ptr(),
             0 if offset is None else offset.stride(0),
             0 if slopes is None else slopes.data_ptr(),
@@ -177,7 +195,24 @@ def _forward(
         kernel(like, operands)
 
     _in_slices(walk_columns, _slices(plan, pitch, inputs), _PANEL_BYTES // inputs.element_size())
-    return buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch), buffer, slopes
+    values = buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch)
+    return values, buffer, slopes, flat_weights
+
+
+def _flat(parts: Parts, like: Tensor) -> Tensor:
+    """The parts one after the other, in their own memory if there is one."""
+    if len(parts) == 1:
+        only = parts[0].resolve_neg().contiguous()
+        return only if only.dim() == 1 else only.view(-1)
+    whole = [part.resolve_neg().contiguous() for part in parts]
+    table = array("q")
+    for part in whole:
+        table.append(part.data_ptr())
+        table.append(part.numel())
+    flat = like.new_empty(sum(table[1::2]))
+    if whole:
+        _kernels().put_together(_LIKE[like.dtype], flat.data_ptr(), table.buffer_info()[0], len(whole))
+    return flat
 
 
 def _backward(
@@ -186,18 +221,18 @@ def _backward(
     buffer: Tensor,
     slopes: Tensor | None,
     weights: Tensor,
-    biases: Tensor | None,
+    biases: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of inputs, weights, biases and offset, those that are needed."""
+    """The gradients of inputs, weights, biases (so many) and offset, those that are needed."""
     batch, pitch, size = incoming.shape[1], buffer.shape[1], buffer.element_size()
     incoming, weights = _by_rows(incoming), weights.resolve_neg().contiguous()
     every_row = needs[0] or needs[1]
     hidden = 0 if every_row else plan.inputs  # input rows that need not be swept have no memory
     gradient = buffer.new_empty((plan.rows - hidden, pitch))
     slices = _slices(plan, pitch, buffer)
-    d_weights = _Sums(len(slices), weights if needs[1] else None)
-    d_biases = _Sums(len(slices), biases if needs[2] else None)
+    d_weights = _Sums(len(slices), len(weights) if needs[1] else None, buffer)
+    d_biases = _Sums(len(slices), biases if needs[2] else None, buffer)
     kernel, like = _kernels().backward, _LIKE[buffer.dtype]
 
     def sweep_columns(first: int, last: int, k: int) -> None:
@@ -233,11 +268,11 @@ def _backward(
 
 
 class _Sums:
-    """A vector like `like` (nothing for None) that several slices add to, each in a copy of its own."""
+    """A vector (nothing for None) that several slices add to, each in a copy of its own."""
 
-    def __init__(self, slices: int, like: Tensor | None) -> None:
-        self.length = 0 if like is None else len(like)
-        self.parts = [] if like is None else [like.new_empty(len(like)) for _ in range(slices)]
+    def __init__(self, slices: int, length: int | None, like: Tensor) -> None:
+        self.length = length or 0
+        self.parts = [] if length is None else [like.new_empty(length) for _ in range(slices)]
 
     def address(self, k: int) -> int:
         return self.parts[k].data_ptr() if self.parts else 0
@@ -306,11 +341,18 @@ def _runs_compiled(like: Tensor) -> bool:
 def _reference_gradients(
     plan: WalkPlan,
     incoming: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    inputs: Tensor,
+    offset: Tensor | None,
+    weights: Parts,
+    biases: Parts | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by differentiating the reference; themselves differentiable where gradients are enabled."""
+    """The gradients by differentiating the reference; themselves differentiable where gradients are enabled.
+
+    In the order inputs, offset, every weight, every bias: those that `needs` asks for.
+    """
     create_graph = torch.is_grad_enabled()
+    operands = (inputs, offset, *weights, *(biases or ()))
     with torch.enable_grad():
         # An alias per operand, so that one operand's own dependence on another is not counted here.
         if create_graph:
@@ -321,7 +363,9 @@ def _reference_gradients(
         for a in wanted:
             if not a.requires_grad:
                 a.requires_grad_()
-        values = walk_reference(plan, *aliases)  # type: ignore[arg-type]
+        x, added, *vectors = aliases
+        w, b = vectors[: len(weights)], vectors[len(weights) :]
+        values = walk_reference(plan, x, w, None if biases is None else b, added)  # type: ignore[arg-type]
         found = iter(
             torch.autograd.grad(
                 values, wanted, incoming, create_graph=create_graph, allow_unused=True, materialize_grads=True
@@ -331,24 +375,44 @@ def _reference_gradients(
 
 
 class _Walk(torch.autograd.Function):
-    """`walk` with gradients, eagerly. Twice differentiable: the second time through the reference."""
+    """`walk` with gradients, eagerly. Twice differentiable: the second time through the reference.
+
+    `vectors` are the parts of the weights (so many) and of the biases.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None, offset: Tensor | None
+        ctx: Any, plan: WalkPlan, weights: int, inputs: Tensor, offset: Tensor | None, *vectors: Tensor
     ) -> Tensor:
-        values, buffer, slopes = _forward(plan, inputs, weights, biases, offset, True)
-        ctx.plan = plan
-        ctx.save_for_backward(inputs, weights, biases, offset, buffer, slopes)
+        values, buffer, slopes, flat = _forward(plan, inputs, vectors[:weights], vectors[weights:], offset, True)
+        ctx.plan, ctx.weights = plan, weights
+        ctx.save_for_backward(buffer, slopes, flat, inputs, offset, *vectors)
         return values
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, buffer, slopes = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
+        buffer, slopes, flat, inputs, offset, *vectors = ctx.saved_tensors
+        weights, biases = tuple(vectors[: ctx.weights]), tuple(vectors[ctx.weights :])
+        needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
-            return None, *_reference_gradients(ctx.plan, incoming, tuple(operands), needs)
-        return None, *_backward(ctx.plan, incoming, buffer, slopes, operands[1], operands[2], needs)
+            given = (inputs, offset, weights, biases or None)
+            return None, None, *_reference_gradients(ctx.plan, incoming, *given, needs)
+        middle = 2 + len(weights)
+        every = needs[0], any(needs[2:middle]), any(needs[middle:]), needs[1]
+        length = sum(part.numel() for part in biases)
+        d_inputs, d_weights, d_biases, d_offset = _backward(ctx.plan, incoming, buffer, slopes, flat, length, every)
+        parts = (*_apart(d_weights, weights), *_apart(d_biases, biases))
+        return None, None, d_inputs, d_offset, *parts
+
+
+def _apart(whole: Tensor | None, parts: Parts) -> Sequence[Tensor | None]:
+    """The gradient of each part, out of that of all of them."""
+    if whole is None:
+        return [None] * len(parts)
+    if len(parts) == 1:
+        return [whole.view(parts[0].shape)]
+    cut = whole.split([part.numel() for part in parts])
+    return [piece if part.dim() == 1 else piece.view(part.shape) for piece, part in zip(cut, parts, strict=True)]
 
 
 @torch.library.custom_op("irgrow::walk", mutates_args=())
@@ -366,7 +430,7 @@ def _walk_op(
     if not _runs_compiled(inputs):
         values = walk_reference(plan, inputs, weights, biases, offset)
         return values.contiguous(), inputs.new_empty((0, 0)), inputs.new_empty((0, 0))
-    values, buffer, kept = _forward(plan, inputs, weights, biases, offset, True)
+    values, buffer, kept, _ = _forward(plan, inputs, (weights,), _parts(biases), offset, True)
     kept = inputs.new_empty((0, 0)) if kept is None else kept
     return values.clone(memory_format=torch.contiguous_format), buffer, kept
 
@@ -404,11 +468,15 @@ def _walk_backward_op(
 ) -> list[Tensor]:
     """The needed gradients of inputs, weights, biases and offset; an empty tensor for the others."""
     plan = WalkPlan.of_structure(structure)
-    found: tuple[Tensor | None, ...]
+    found: Sequence[Tensor | None]
     if _runs_compiled(inputs):
-        found = _backward(plan, incoming, buffer, slopes, weights, biases, needs)
+        found = _backward(plan, incoming, buffer, slopes, weights, 0 if biases is None else len(biases), needs)
     else:
-        found = _reference_gradients(plan, incoming, (inputs, weights, biases, offset), needs)
+        needs_x, needs_w, needs_b, needs_o = needs
+        bias = () if biases is None else (biases,)
+        wanted = (needs_x, needs_o, needs_w, *(needs_b for _ in bias))
+        d_x, d_o, d_w, *d_b = _reference_gradients(plan, incoming, inputs, offset, (weights,), bias or None, wanted)
+        found = d_x, d_w, d_b[0] if d_b else None, d_o
     return [weights.new_empty(0) if g is None else g.clone(memory_format=torch.contiguous_format) for g in found]
 
 
@@ -454,60 +522,85 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def walk(
-    plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None = None, offset: Tensor | None = None
+    plan: WalkPlan, inputs: Tensor, weights: Vector, biases: Vector | None = None, offset: Tensor | None = None
 ) -> Tensor:
     """The values of the computed rows, [neurons, B].
 
     inputs [plan.inputs, B] become value rows 0..plan.inputs-1; weights [>= plan.weights] and biases
-    [>= plan.biases] are flat vectors that the plan's indices point into; offset [neurons, B] is added to the
-    pre-activations, after the aggregation. All share one dtype and device. A row of the result is contiguous;
-    rows may be padded (stride(0) >= B).
+    [>= plan.biases] are flat vectors that the plan's indices point into, or sequences of tensors that make them up
+    one after the other; offset [neurons, B] is added to the pre-activations, after the aggregation. All share one
+    dtype and device, and may lie in memory anyhow. A row of the result is contiguous; rows may be padded
+    (stride(0) >= B).
 
-    Differentiable any number of times in all four; sums over edges and over the batch are accumulated in the
+    Differentiable any number of times in all; sums over edges and over the batch are accumulated in the
     dtype of the operands. float32 and float64 on the CPU run compiled; everything else, torch.func transforms
     and second derivatives run `walk_reference`. Raises ValueError or TypeError for operands that do not fit.
     """
-    _check(plan, inputs, weights, biases, offset)
+    weight_parts, bias_parts = _parts(weights), _parts(biases)
+    _check(plan, inputs, weights, weight_parts, biases, bias_parts, offset)
     if torch.compiler.is_compiling():
-        return _walk_op(plan.tensor, inputs, weights, biases, offset, plan.neurons, plan.slopes)[0]
+        return _opaque(plan, inputs, weights, biases, offset)
     if not _runs_compiled(inputs) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return walk_reference(plan, inputs, weights, biases, offset)
-    if not (type(inputs) in _PLAIN and type(weights) in _PLAIN and type(biases) in _PLAIN and type(offset) in _PLAIN):
-        return _walk_op(plan.tensor, inputs, weights, biases, offset, plan.neurons, plan.slopes)[0]
-    if torch.is_grad_enabled() and (
-        inputs.requires_grad
-        or weights.requires_grad
-        or (biases is not None and biases.requires_grad)
-        or (offset is not None and offset.requires_grad)
-    ):
-        return _Walk.apply(plan, inputs, weights, biases, offset)
-    return _forward(plan, inputs, weights, biases, offset, False)[0]
+    operands = (inputs, offset, *weight_parts, *bias_parts)
+    needs_gradient = False
+    for operand in operands:
+        if type(operand) not in _PLAIN:
+            return _opaque(plan, inputs, weights, biases, offset)
+        needs_gradient = needs_gradient or (operand is not None and operand.requires_grad)
+    if needs_gradient and torch.is_grad_enabled():
+        return _Walk.apply(plan, len(weight_parts), *operands)
+    return _forward(plan, inputs, weight_parts, bias_parts, offset, False)[0]
 
 
-def _check(plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None, offset: Tensor | None) -> None:
-    dtype, device = weights.dtype, weights.device
+def _parts(vector: Vector | None) -> Parts:
+    if vector is None:
+        return ()
+    return (vector,) if isinstance(vector, Tensor) else tuple(vector)
+
+
+def _opaque(
+    plan: WalkPlan, inputs: Tensor, weights: Vector, biases: Vector | None, offset: Tensor | None
+) -> Tensor:
+    w, b = joined(weights, inputs), None if biases is None else joined(biases, inputs)
+    return _walk_op(plan.tensor, inputs, w, b, offset, plan.neurons, plan.slopes)[0]
+
+
+def _check(
+    plan: WalkPlan,
+    inputs: Tensor,
+    weights: Vector,
+    weight_parts: Parts,
+    biases: Vector | None,
+    bias_parts: Parts,
+    offset: Tensor | None,
+) -> None:
+    first = weight_parts[0] if weight_parts else inputs
+    dtype, device = first.dtype, first.device
     if inputs.dim() != 2 or inputs.shape[0] != plan.inputs:
         raise ValueError(f"walk: inputs must be [{plan.inputs}, batch], found {list(inputs.shape)}")
-    if weights.dim() != 1 or weights.shape[0] < plan.weights:
-        raise ValueError(f"walk: weights must be [{plan.weights}] or longer, found {list(weights.shape)}")
     if inputs.dtype != dtype or inputs.device != device:
-        _mismatch("inputs", inputs, weights)
+        _mismatch("inputs", inputs, first)
     if not dtype.is_floating_point:
         raise TypeError(f"walk: operands must be floating point, found {dtype}")
-    if biases is None:
-        if plan.biases:
-            raise ValueError(f"walk: biases must be [{plan.biases}] or longer, found none")
-    else:
-        if biases.dim() != 1 or biases.shape[0] < plan.biases:
-            raise ValueError(f"walk: biases must be [{plan.biases}] or longer, found {list(biases.shape)}")
-        if biases.dtype != dtype or biases.device != device:
-            _mismatch("biases", biases, weights)
+    for name, vector, parts, needed in (
+        ("weights", weights, weight_parts, plan.weights),
+        ("biases", biases, bias_parts, plan.biases),
+    ):
+        length = 0
+        for part in parts:
+            length += part.numel()
+            if part.dtype != dtype or part.device != device:
+                _mismatch(name, part, first)
+        if length < needed or (isinstance(vector, Tensor) and vector.dim() != 1):
+            found = "none" if vector is None else list(vector.shape) if isinstance(vector, Tensor) else [length]
+            raise ValueError(f"walk: {name} must be [{needed}] or longer, found {found}")
     if offset is not None:
         if offset.dim() != 2 or offset.shape[0] != plan.neurons or offset.shape[1] != inputs.shape[1]:
             expected = [plan.neurons, inputs.shape[1]]
             raise ValueError(f"walk: offset must be {expected}, found {list(offset.shape)}")
         if offset.dtype != dtype or offset.device != device:
-            _mismatch("offset", offset, weights)
+            _mismatch("offset", offset, first)
 
 
 def _mismatch(name: str, found: Tensor, weights: Tensor) -> None:

@@ -18,7 +18,7 @@ import sys
 import zlib
 from typing import Any
 
-from numba import int32, njit, types
+from numba import int32, int64, njit, types
 
 from irgrow.kernels import activations_numba, lanes
 from irgrow.kernels.activations_numba import (
@@ -351,8 +351,8 @@ def _forward(like, operands):
 
     `slopes` (0: not wanted) receives sigma'(z) of the rows that store it, with the same pitch.
     """
-    structure, buffer, pitch, inputs, inputs_pitch, weights, biases = operands[:7]
-    offset, offset_pitch, slopes, batch, first, last = operands[7:]
+    structure, buffer, pitch, inputs, inputs_pitch, inputs_step, weights, biases = operands[:8]
+    offset, offset_pitch, slopes, batch, first, last = operands[8:]
     n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
     ordered = pointer(structure, int32(0))[IN_ORDER] == 1
     row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
@@ -362,9 +362,16 @@ def _forward(like, operands):
     zero = constant(0.0, like)
     real = min(last, batch)  # where padding begins
 
+    if inputs_step == 1:
+        for r in range(n_in):
+            for b in range(first, real):
+                v[r * pitch + b] = x[r * inputs_pitch + b]
+    else:
+        for block in range(0, n_in, 16):  # by squares: both sides stay in the cache
+            for b in range(first, real):
+                for r in range(block, min(block + 16, n_in)):
+                    v[r * pitch + b] = x[r * inputs_pitch + b * inputs_step]
     for r in range(n_in):
-        for b in range(first, real):
-            v[r * pitch + b] = x[r * inputs_pitch + b]
         for b in range(real, last):
             v[r * pitch + b] = zero
 
@@ -392,8 +399,8 @@ def _forward(like, operands):
 @compiled
 def _forward_one(like, operands):
     """`_forward` for batch 1."""
-    structure, buffer, _pitch, inputs, inputs_pitch, weights, biases = operands[:7]
-    offset, offset_pitch, slopes = operands[7:10]
+    structure, buffer, _pitch, inputs, inputs_pitch, _inputs_step, weights, biases = operands[:8]
+    offset, offset_pitch, slopes = operands[8:11]
     n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
     ordered = pointer(structure, int32(0))[IN_ORDER] == 1
     row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
@@ -574,13 +581,25 @@ def _entry_points(sources: int) -> tuple[Any, ...]:
         return sources
 
     @entry
+    def put_together(like, target, table, parts):
+        """target becomes the `parts` vectors whose (address, length) stand in the table, one after the other."""
+        out, entries = pointer(target, like), pointer(table, int64(0))
+        at = 0
+        for k in range(parts):
+            part, length = pointer(entries[2 * k], like), entries[2 * k + 1]
+            for i in range(length):
+                out[at + i] = part[i]
+            at += length
+        return sources
+
+    @entry
     def add_onto(like, target, other, count):
         a, b = pointer(target, like), pointer(other, like)
         for k in range(count):
             a[k] += b[k]
         return sources
 
-    return forward, backward, add_onto
+    return forward, backward, put_together, add_onto
 
 
-forward, backward, add_onto = _entry_points(SOURCES)
+forward, backward, put_together, add_onto = _entry_points(SOURCES)

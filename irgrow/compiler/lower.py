@@ -187,8 +187,9 @@ class WalkStep:
 
     def run(self, run: Run) -> None:
         x = _side_by_side(self._inputs, run)
-        w = _joined([run.tensors[name].reshape(-1) for name in self._weights], x)
-        b = _joined([run.tensors[name] for name in self._biases], x) if self._biases else None
+        tensors = run.tensors
+        w = [tensors[name] for name in self._weights]
+        b = [tensors[name] for name in self._biases] if self._biases else None
         run.slots[self._slot] = self._walk(self.plan, x, w, b, self._offset(run, x))
 
     def _offset(self, run: Run, like: Tensor) -> Tensor | None:
@@ -298,23 +299,17 @@ def _walked(network: Network, group: Group, part: Part, places: Places, walk):  
 
     def walked(run: Run) -> Tensor:
         x = _side_by_side(edges.fetches, run)
-        return walk(plan, x, _joined([run.tensors[name].reshape(-1) for name in names], x), None, None).t()
+        return walk(plan, x, [run.tensors[name] for name in names], None, None).t()
 
     return walked, "walk"
 
 
 def _side_by_side(fetches: Sequence[Fetch], run: Run) -> Tensor:
-    """The value rows a walk reads, [n, B] contiguous."""
+    """The value rows a walk reads, [n, B], lying anyhow."""
     if len(fetches) == 1:
-        return fetches[0].flat(run).t().contiguous()
+        return fetches[0].flat(run).t()
     if not fetches:
         like = run.slots[0]
         assert like is not None
         return like.new_zeros(0, run.batch)
     return torch.cat([fetch.flat(run).t() for fetch in fetches])
-
-
-def _joined(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
-    return torch.cat(list(tensors)) if tensors else like.new_zeros(0)

@@ -78,7 +78,8 @@ class Fetch:
     def shaped(self, run: Run) -> Tensor:
         """[B, *shape] (of a whole group)"""
         assert self.shape is not None
-        return self.flat(run).reshape(run.batch, *self.shape)
+        value = self.flat(run)
+        return value if len(self.shape) == 1 else value.reshape(run.batch, *self.shape)
 
 
 class Places:
