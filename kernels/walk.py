@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from irgrow.kernels.activations import ACTIVATIONS
-from irgrow.kernels.walk_plan import MAX, SUM, WalkPlan, plan
+from irgrow.kernels.walk_plan import MAX, SUM, Rows, WalkPlan, plan
 
-__all__ = ["MAX", "SUM", "WalkPlan", "cost", "plan", "walk", "walk_reference"]
+__all__ = ["MAX", "SUM", "Rows", "WalkPlan", "cost", "joined", "plan", "walk", "walk_reference", "walk_rows"]
 
 _FUNCTION = {a.code: a.function for a in ACTIVATIONS.values()}
 Vector = Tensor | Sequence[Tensor]  # one flat vector, or tensors of any shape that make it up one after the other
@@ -146,6 +146,8 @@ _LINE_BYTES = 64  # lanes.py
 _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
 _WORK_PER_THREAD = 6_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
 _LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}  # what the compiled code runs for
+_TILE_BYTES = 256  # of each row in a tile: the fewest with which a line of sums is held four times in registers
+_SPARE_BYTES = 2**24  # of memory that a plan keeps between calls, at most
 Parts = tuple[Tensor, ...]
 
 
@@ -160,119 +162,208 @@ def _kernels() -> Any:
 
 
 def _forward(
-    plan: WalkPlan, inputs: Tensor, weights: Parts, biases: Parts, offset: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(values [neurons, B], the buffer of all value rows they are a view of, the slopes to store if `keep`, weights).
+    plan: WalkPlan,
+    rows: Rows | None,
+    inputs: Tensor,
+    weights: Parts,
+    biases: Parts,
+    offset: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(values [neurons, B], or those of `rows` as [B, rows]; all value rows; the slopes to store if `keep`).
 
-    Nothing here is left to torch's own threads: waking them costs more than a small network takes.
+    Behind the value rows, in the same memory, stand weights and biases put together from several parts. Nothing
+    here is left to torch's own threads: waking them costs more than a small network takes.
     """
-    batch = inputs.shape[1]
+    batch, size = inputs.shape[1], inputs.element_size()
     pitch = _pitch(batch, inputs)
     inputs = inputs.resolve_neg()
-    flat_weights, flat_biases = _flat(weights, inputs), _flat(biases, inputs)
+    slices = _slices(plan, pitch, inputs)
+    cells = plan.rows * (pitch if rows is None or keep else min(pitch, _TILE_BYTES // size) * len(slices))
+    length = _length(weights)
+    total = cells + length + _length(biases)
+    # What nobody will see lies in the memory of the call before, still in the cache.
+    buffer = inputs.new_empty(total) if rows is None or keep else _spare(plan, total, inputs)
+    start = buffer.data_ptr()
+    weights_at, held_weights = _vector(weights, start + cells * size, inputs)
+    biases_at, held_biases = _vector(biases, start + (cells + length) * size, inputs)
     offset = None if offset is None else _by_rows(offset)
-    buffer = inputs.new_empty((plan.rows, pitch))
-    slopes = inputs.new_empty((plan.slopes, pitch)) if keep and plan.slopes else None
+    slopes = inputs.new_empty(plan.slopes * pitch) if keep and plan.slopes else None
+    inputs_at, offset_at = inputs.data_ptr(), 0 if offset is None else offset.data_ptr()
+    slopes_at = 0 if slopes is None else slopes.data_ptr()
+    if rows is None:
+        out = buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch)
+        rows_at, count, out_at = 0, 0, 0
+    else:
+        rows_at, count = rows.address, rows.count
+        out = inputs.new_empty((batch, count))
+        out_at = out.data_ptr()
+    input_pitch, input_step = inputs.stride()
+    offset_pitch = 0 if offset is None else offset.stride(0)
     kernel, like = _kernels().forward, _LIKE[inputs.dtype]
 
-    def walk_columns(first: int, last: int, _: int) -> None:
+    def walk_columns(first: int, last: int, k: int) -> None:
+        moved, width, tile = 0, pitch, start
+        if rows is not None:  # a tile: a batch of its own
+            moved, width = first * size, last - first
+            tile = start + plan.rows * (moved if keep else k * _TILE_BYTES)
         operands = (
             plan.address,
-            buffer.data_ptr(),
-            pitch,
-            inputs.data_ptr(),
-            inputs.stride(0),
-            inputs.stride(1),
-            flat_weights.data_ptr(),
-            flat_biases.data_ptr(),
-            0 if offset is None else offset.data_ptr(),
-            0 if offset is None else offset.stride(0),
-            0 if slopes is None else slopes.data_ptr(),
-            batch,
-            first,
-            last,
+            tile,
+            width,
+            inputs_at + moved * input_step,
+            input_pitch,
+            input_step,
+            weights_at,
+            biases_at,
+            offset_at + moved if offset_at else 0,
+            offset_pitch,
+            slopes_at + plan.slopes * moved if slopes_at else 0,
+            rows_at,
+            count,
+            out_at + moved * count,
+            batch if rows is None else batch - first,
+            first if rows is None else 0,
+            last if rows is None else width,
         )
         kernel(like, operands)
 
-    _in_slices(walk_columns, _slices(plan, pitch, inputs), _PANEL_BYTES // inputs.element_size())
-    values = buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch)
-    return values, buffer, slopes, flat_weights
+    _in_slices(walk_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
+    del held_weights, held_biases
+    if rows is not None and not keep:
+        _put_back(plan, buffer)
+    return out, buffer, slopes
 
 
-def _flat(parts: Parts, like: Tensor) -> Tensor:
-    """The parts one after the other, in their own memory if there is one."""
-    if len(parts) == 1:
-        only = parts[0].resolve_neg().contiguous()
-        return only if only.dim() == 1 else only.view(-1)
-    whole = [part.resolve_neg().contiguous() for part in parts]
+def _length(parts: Parts) -> int:
+    """How much memory the parts need to be put together: none if there is nothing to put together."""
+    return 0 if len(parts) < 2 else sum(part.numel() for part in parts)
+
+
+def _vector(parts: Parts, spot: int, like: Tensor) -> tuple[int, Parts]:
+    """(address of the parts one after the other, what must be kept alive): where they lie, or put together at `spot`.
+
+    The weights of a pass are found at the same place again by the backward pass.
+    """
+    if not parts:
+        return 0, ()
+    whole = tuple(part if part.is_contiguous() and not part.is_neg() else _plain(part) for part in parts)
+    if len(whole) == 1:
+        return whole[0].data_ptr(), whole
     table = array("q")
     for part in whole:
         table.append(part.data_ptr())
         table.append(part.numel())
-    flat = like.new_empty(sum(table[1::2]))
-    if whole:
-        _kernels().put_together(_LIKE[like.dtype], flat.data_ptr(), table.buffer_info()[0], len(whole))
-    return flat
+    _kernels().put_together(_LIKE[like.dtype], spot, table.buffer_info()[0], len(whole))
+    return spot, whole
+
+
+def _plain(part: Tensor) -> Tensor:
+    return part.resolve_neg().contiguous()
+
+
+def _spare(plan: WalkPlan, length: int, like: Tensor) -> Tensor:
+    """Memory for so many numbers, from the plan's spare pieces if one is large enough."""
+    try:
+        found: Tensor = plan.spare.pop()
+    except IndexError:
+        return like.new_empty(length)
+    return found if found.numel() >= length and found.dtype == like.dtype else like.new_empty(length)
+
+
+def _put_back(plan: WalkPlan, memory: Tensor) -> None:
+    if memory.numel() * memory.element_size() <= _SPARE_BYTES:
+        plan.spare.append(memory)
 
 
 def _backward(
     plan: WalkPlan,
+    rows: Rows | None,
     incoming: Tensor,
     buffer: Tensor,
     slopes: Tensor | None,
-    weights: Tensor,
-    biases: int,
+    weights: Parts,
+    biases: Parts,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of inputs, weights, biases (so many) and offset, those that are needed."""
-    batch, pitch, size = incoming.shape[1], buffer.shape[1], buffer.element_size()
-    incoming, weights = _by_rows(incoming), weights.resolve_neg().contiguous()
+    """The gradients of inputs, weights, biases and offset, those that are needed. incoming is shaped as what
+    `_forward` returned."""
+    incoming = _by_rows(incoming) if rows is None else incoming.t().resolve_neg()
+    batch, size = incoming.shape[1], buffer.element_size()
+    pitch = _pitch(batch, buffer)
+    if len(weights) > 1:
+        weights_at, held = buffer.data_ptr() + plan.rows * pitch * size, weights
+    else:
+        weights_at, held = _vector(weights, 0, buffer)
     every_row = needs[0] or needs[1]
-    hidden = 0 if every_row else plan.inputs  # input rows that need not be swept have no memory
-    gradient = buffer.new_empty((plan.rows - hidden, pitch))
     slices = _slices(plan, pitch, buffer)
-    d_weights = _Sums(len(slices), len(weights) if needs[1] else None, buffer)
+    d_inputs = d_offset = None
+    if rows is None:  # the sweep's own memory is what the caller gets
+        hidden = 0 if every_row else plan.inputs  # input rows that need not be swept have no memory
+        gradient = buffer.new_empty((plan.rows - hidden, pitch))
+        if needs[0]:
+            d_inputs = gradient.as_strided((plan.inputs, batch), (pitch, 1))
+        if needs[3]:
+            d_offset = gradient.as_strided((plan.neurons, batch), (pitch, 1), (plan.inputs - hidden) * pitch)
+        gradient_at = gradient.data_ptr() - hidden * pitch * size
+    else:
+        gradient = _spare(plan, plan.rows * min(pitch, _TILE_BYTES // size) * len(slices), buffer)
+        d_inputs = buffer.new_empty((batch, plan.inputs)).t() if needs[0] else None
+        d_offset = buffer.new_empty((plan.neurons, batch)) if needs[3] else None
+        gradient_at = gradient.data_ptr()
+    d_inputs_at = 0 if rows is None or d_inputs is None else d_inputs.data_ptr()
+    d_offset_at = 0 if rows is None or d_offset is None else d_offset.data_ptr()
+    d_weights = _Sums(len(slices), weights if needs[1] else None, buffer)
     d_biases = _Sums(len(slices), biases if needs[2] else None, buffer)
+    incoming_at, (incoming_pitch, incoming_step) = incoming.data_ptr(), incoming.stride()
+    start, slopes_at = buffer.data_ptr(), 0 if slopes is None else slopes.data_ptr()
     kernel, like = _kernels().backward, _LIKE[buffer.dtype]
 
     def sweep_columns(first: int, last: int, k: int) -> None:
         starts = first == slices[k][0]
+        moved, width, swept = 0, pitch, gradient_at
+        if rows is not None:  # a tile: a batch of its own
+            moved, width = first * size, last - first
+            swept = gradient_at + plan.rows * k * _TILE_BYTES
         operands = (
             plan.address,
-            buffer.data_ptr(),
-            pitch,
-            weights.data_ptr(),
-            0 if slopes is None else slopes.data_ptr(),
-            incoming.data_ptr(),
-            incoming.stride(0),
-            gradient.data_ptr() - hidden * pitch * size,
+            start + plan.rows * moved,
+            width,
+            weights_at,
+            slopes_at + plan.slopes * moved if slopes_at else 0,
+            incoming_at + moved * incoming_step,
+            incoming_pitch,
+            incoming_step,
+            -1 if rows is None else rows.count,
+            0 if rows is None else rows.address,
+            swept,
             d_weights.address(k),
             d_biases.address(k),
             d_weights.length if starts else 0,
             d_biases.length if starts else 0,
             int(every_row),
+            d_inputs_at + moved * plan.inputs if d_inputs_at else 0,
+            d_offset_at + moved if d_offset_at else 0,
             batch,
-            first,
-            last,
+            batch if rows is None else batch - first,
+            first if rows is None else 0,
+            last if rows is None else width,
         )
         kernel(like, operands)
 
-    _in_slices(sweep_columns, slices, _PANEL_BYTES // size)
-    computed = (plan.inputs - hidden) * pitch
-    return (
-        gradient.as_strided((plan.inputs, batch), (pitch, 1)) if needs[0] else None,
-        d_weights.total(),
-        d_biases.total(),
-        gradient.as_strided((plan.neurons, batch), (pitch, 1), computed) if needs[3] else None,
-    )
+    _in_slices(sweep_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
+    del held
+    if rows is not None:
+        _put_back(plan, gradient)
+    return d_inputs, d_weights.total(), d_biases.total(), d_offset
 
 
 class _Sums:
-    """A vector (nothing for None) that several slices add to, each in a copy of its own."""
+    """A vector as long as the parts (nothing for None) that several slices add to, each in a copy of its own."""
 
-    def __init__(self, slices: int, length: int | None, like: Tensor) -> None:
-        self.length = length or 0
-        self.parts = [] if length is None else [like.new_empty(length) for _ in range(slices)]
+    def __init__(self, slices: int, parts: Parts | None, like: Tensor) -> None:
+        self.length = 0 if parts is None else sum(part.numel() for part in parts)
+        self.parts = [] if parts is None else [like.new_empty(self.length) for _ in range(slices)]
 
     def address(self, k: int) -> int:
         return self.parts[k].data_ptr() if self.parts else 0
@@ -375,34 +466,42 @@ def _reference_gradients(
 
 
 class _Walk(torch.autograd.Function):
-    """`walk` with gradients, eagerly. Twice differentiable: the second time through the reference.
+    """`walk` and `walk_rows` with gradients, eagerly. Twice differentiable: the second time through the reference.
 
     `vectors` are the parts of the weights (so many) and of the biases.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, plan: WalkPlan, weights: int, inputs: Tensor, offset: Tensor | None, *vectors: Tensor
+        ctx: Any,
+        plan: WalkPlan,
+        rows: Rows | None,
+        weights: int,
+        inputs: Tensor,
+        offset: Tensor | None,
+        *vectors: Tensor,
     ) -> Tensor:
-        values, buffer, slopes, flat = _forward(plan, inputs, vectors[:weights], vectors[weights:], offset, True)
-        ctx.plan, ctx.weights = plan, weights
-        ctx.save_for_backward(buffer, slopes, flat, inputs, offset, *vectors)
-        return values
+        out, buffer, slopes = _forward(plan, rows, inputs, vectors[:weights], vectors[weights:], offset, True)
+        ctx.plan, ctx.rows, ctx.weights = plan, rows, weights
+        ctx.save_for_backward(buffer, slopes, inputs, offset, *vectors)
+        return out
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        buffer, slopes, flat, inputs, offset, *vectors = ctx.saved_tensors
+        buffer, slopes, inputs, offset, *vectors = ctx.saved_tensors
         weights, biases = tuple(vectors[: ctx.weights]), tuple(vectors[ctx.weights :])
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
+            if ctx.rows is not None:
+                shape = ctx.plan.neurons, incoming.shape[0]
+                incoming = incoming.new_zeros(shape).index_add(0, ctx.rows.tensor, incoming.t())
             given = (inputs, offset, weights, biases or None)
-            return None, None, *_reference_gradients(ctx.plan, incoming, *given, needs)
+            return None, None, None, *_reference_gradients(ctx.plan, incoming, *given, needs)
         middle = 2 + len(weights)
         every = needs[0], any(needs[2:middle]), any(needs[middle:]), needs[1]
-        length = sum(part.numel() for part in biases)
-        d_inputs, d_weights, d_biases, d_offset = _backward(ctx.plan, incoming, buffer, slopes, flat, length, every)
-        parts = (*_apart(d_weights, weights), *_apart(d_biases, biases))
-        return None, None, d_inputs, d_offset, *parts
+        found = _backward(ctx.plan, ctx.rows, incoming, buffer, slopes, weights, biases, every)
+        d_inputs, d_weights, d_biases, d_offset = found
+        return None, None, None, d_inputs, d_offset, *_apart(d_weights, weights), *_apart(d_biases, biases)
 
 
 def _apart(whole: Tensor | None, parts: Parts) -> Sequence[Tensor | None]:
@@ -429,9 +528,9 @@ def _walk_op(
     plan = WalkPlan.of_structure(structure)
     if not _runs_compiled(inputs):
         values = walk_reference(plan, inputs, weights, biases, offset)
-        return values.contiguous(), inputs.new_empty((0, 0)), inputs.new_empty((0, 0))
-    values, buffer, kept, _ = _forward(plan, inputs, (weights,), _parts(biases), offset, True)
-    kept = inputs.new_empty((0, 0)) if kept is None else kept
+        return values.contiguous(), inputs.new_empty(0), inputs.new_empty(0)
+    values, buffer, kept = _forward(plan, None, inputs, (weights,), _parts(biases), offset, True)
+    kept = inputs.new_empty(0) if kept is None else kept
     return values.clone(memory_format=torch.contiguous_format), buffer, kept
 
 
@@ -448,10 +547,10 @@ def _(
     batch = inputs.shape[1]
     values = inputs.new_empty((neurons, batch))
     if not _runs_compiled(inputs):
-        return values, inputs.new_empty((0, 0)), inputs.new_empty((0, 0))
+        return values, inputs.new_empty(0), inputs.new_empty(0)
     pitch = _pitch(batch, inputs)
-    kept = inputs.new_empty((slopes, pitch) if slopes else (0, 0))
-    return values, inputs.new_empty((inputs.shape[0] + neurons, pitch)), kept
+    kept = inputs.new_empty(slopes * pitch)
+    return values, inputs.new_empty((inputs.shape[0] + neurons) * pitch), kept
 
 
 @torch.library.custom_op("irgrow::walk_backward", mutates_args=())
@@ -470,7 +569,7 @@ def _walk_backward_op(
     plan = WalkPlan.of_structure(structure)
     found: Sequence[Tensor | None]
     if _runs_compiled(inputs):
-        found = _backward(plan, incoming, buffer, slopes, weights, 0 if biases is None else len(biases), needs)
+        found = _backward(plan, None, incoming, buffer, slopes, (weights,), _parts(biases), needs)
     else:
         needs_x, needs_w, needs_b, needs_o = needs
         bias = () if biases is None else (biases,)
@@ -536,21 +635,45 @@ def walk(
     dtype of the operands. float32 and float64 on the CPU run compiled; everything else, torch.func transforms
     and second derivatives run `walk_reference`. Raises ValueError or TypeError for operands that do not fit.
     """
+    return _walk(plan, None, inputs, weights, biases, offset)
+
+
+def walk_rows(
+    plan: WalkPlan,
+    rows: Rows,
+    inputs: Tensor,
+    weights: Vector,
+    biases: Vector | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """`walk(...)[rows].t()`, [B, rows], contiguous: what is asked for, and no memory for the rest where possible."""
+    if rows.last >= plan.neurons:
+        raise ValueError(f"walk: rows must be below {plan.neurons}, found {rows.last}")
+    return _walk(plan, rows, inputs, weights, biases, offset)
+
+
+def _walk(
+    plan: WalkPlan, rows: Rows | None, inputs: Tensor, weights: Vector, biases: Vector | None, offset: Tensor | None
+) -> Tensor:
     weight_parts, bias_parts = _parts(weights), _parts(biases)
     _check(plan, inputs, weights, weight_parts, biases, bias_parts, offset)
     if torch.compiler.is_compiling():
-        return _opaque(plan, inputs, weights, biases, offset)
+        return _picked(rows, _opaque(plan, inputs, weights, biases, offset))
     if not _runs_compiled(inputs) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return walk_reference(plan, inputs, weights, biases, offset)
+        return _picked(rows, walk_reference(plan, inputs, weights, biases, offset))
     operands = (inputs, offset, *weight_parts, *bias_parts)
     needs_gradient = False
     for operand in operands:
         if type(operand) not in _PLAIN:
-            return _opaque(plan, inputs, weights, biases, offset)
+            return _picked(rows, _opaque(plan, inputs, weights, biases, offset))
         needs_gradient = needs_gradient or (operand is not None and operand.requires_grad)
     if needs_gradient and torch.is_grad_enabled():
-        return _Walk.apply(plan, len(weight_parts), *operands)
-    return _forward(plan, inputs, weight_parts, bias_parts, offset, False)[0]
+        return _Walk.apply(plan, rows, len(weight_parts), *operands)
+    return _forward(plan, rows, inputs, weight_parts, bias_parts, offset, False)[0]
+
+
+def _picked(rows: Rows | None, values: Tensor) -> Tensor:
+    return values if rows is None else values.index_select(0, rows.tensor.to(values.device)).t().contiguous()
 
 
 def _parts(vector: Vector | None) -> Parts:

@@ -23,7 +23,7 @@ MAX rows: which parent won is known only per sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -77,6 +77,7 @@ class WalkPlan:
     biases: int
     maxima: int  # rows with aggregation MAX
     slopes: int  # rows that keep sigma'(z) for the backward pass
+    spare: list[Tensor] = field(default_factory=list)  # memory that serves one call after the other
 
     @staticmethod
     def of_structure(structure: Indices | Tensor) -> WalkPlan:
@@ -163,6 +164,24 @@ class WalkPlan:
 
     def _part(self, start: int, length: int) -> Indices:
         return self.structure[HEADER + start : HEADER + start + length]
+
+
+class Rows:
+    """Computed rows that somebody will read, in the order in which they are wanted. Each at most once."""
+
+    def __init__(self, index: NDArray[np.integer]) -> None:
+        order = np.argsort(index, kind="stable")
+        self.table = np.ascontiguousarray([index[order], order], np.int32)  # rows rising, and the place of each
+        rows = self.table[0]
+        if rows.size and (rows[0] < 0 or bool((rows[1:] == rows[:-1]).any())):
+            raise ValueError(f"rows must be different numbers from 0 on, found {index}")
+        self.count = rows.size
+        self.last = int(rows[-1]) if rows.size else -1
+        self.address = self.table.ctypes.data
+        self.tensor = torch.from_numpy(np.array(index, np.int64))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rows, (self.tensor.numpy(),)  # a copy has an address of its own
 
 
 def plan(

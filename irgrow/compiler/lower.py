@@ -171,9 +171,9 @@ class WalkStep:
         ]
         self._groups = [(g, rows_of[g.name], stage.local[rows_of[g.name]]) for g in groups]
         self._shift_rows = {g.name: (places.tensor(rows), places.tensor(local)) for g, rows, local in self._groups}
-        self._slot = places.new_slot(by_rows=True)
-        for g, rows, local in self._groups:
-            places.put(self._slot, g.name, local, rows)
+        self._slot, self._read_slot = places.new_slot(by_rows=True), places.new_slot(by_rows=False)
+        self._read = self._publish(network, stage, places)
+        self._read_index = places.tensor(self._read.tensor.numpy())
         self.reason = "; ".join(stage.reasons)
         names = ", ".join(
             f"{g.name}{'' if r.size == g.neurons else f'[{r.size} of {g.neurons}]'}" for g, r, _ in self._groups
@@ -185,12 +185,39 @@ class WalkStep:
             f" from {', '.join(sources) or 'themselves'}{f' + {added} matrix parts' if added else ''}"
         )
 
+    def _publish(self, network: Network, stage: Walk, places: Places) -> walk_kernel.Rows:
+        """The rows that other steps read, group by group; the other groups are found only where all is recorded."""
+        read: list[NDArray[np.integer]] = []
+        count = 0
+        inside = {g.name for g, rows, _ in self._groups if rows.size == g.neurons}
+        parts = {part.bundle.name for _, _, parts in stage.offsets for part in parts}
+        walked = {name for name, bundle in stage.bundles.items() if bundle.target in inside} - parts
+        for g, rows, local in self._groups:
+            if g.name in inside and g.name not in network.outputs:
+                if all(bundle.name in walked for bundle in network.leaving(g.name)):
+                    places.put(self._slot, g.name, local, rows)
+                    continue
+            order = np.argsort(local)
+            read.append(rows[order])
+            places.put(self._read_slot, g.name, local[order], count + np.arange(rows.size))
+            count += rows.size
+        whole = next((g.name for g, rows, _ in self._groups if count == rows.size == g.neurons), None)
+        if whole is not None and len(read) == 1:
+            places.put(self._read_slot, whole, None, None)
+        return walk_kernel.Rows(np.concatenate(read) if read else np.empty(0, np.int32))
+
     def run(self, run: Run) -> None:
         x = _side_by_side(self._inputs, run)
         tensors = run.tensors
         w = [tensors[name] for name in self._weights]
         b = [tensors[name] for name in self._biases] if self._biases else None
-        run.slots[self._slot] = self._walk(self.plan, x, w, b, self._offset(run, x))
+        offset = self._offset(run, x) if self._offsets or run.shifts else None
+        if self._walk is walk_kernel.walk and not run.record:
+            run.slots[self._read_slot] = walk_kernel.walk_rows(self.plan, self._read, x, w, b, offset)
+            return
+        values = self._walk(self.plan, x, w, b, offset)
+        run.slots[self._slot] = values
+        run.slots[self._read_slot] = values.index_select(0, self._read_index).t()
 
     def _offset(self, run: Run, like: Tensor) -> Tensor | None:
         offset: Tensor | None = None
