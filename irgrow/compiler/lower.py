@@ -69,7 +69,9 @@ class BlockStep:
                     kinds.append("dense")
                     continue
                 function, kind = (
-                    _walked(network, group, part, places, walk) if part.walked else part_function(network, part, places)
+                    _walked(network, group, part, places, walk)
+                    if part.walked
+                    else part_function(network, part, places, _route(walk))
                 )
                 self._parts.append(function)
                 kinds.append(kind)
@@ -166,7 +168,7 @@ class WalkStep:
             bias=bias,
         )
         self._offsets = [
-            (first, last, [part_function(network, part, places)[0] for part in parts])
+            (first, last, [part_function(network, part, places, _route(walk))[0] for part in parts])
             for first, last, parts in stage.offsets
         ]
         self._groups = [(g, rows_of[g.name], stage.local[rows_of[g.name]]) for g in groups]
@@ -302,6 +304,11 @@ def _edges(network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArra
         out.column = np.concatenate(column)[order].astype(np.int32)
         out.weight = np.concatenate(weights)[order].astype(np.int32)
     return out
+
+
+def _route(walk) -> str:  # type: ignore[no-untyped-def]
+    """How masked matrices are multiplied beside this walk: what was asked for in plain torch stays there."""
+    return "auto" if walk is walk_kernel.walk else "dense"
 
 
 def _bias_index(groups: Sequence[Group], owner: NDArray[np.int32], local: NDArray[np.integer]) -> NDArray[np.int32]:
