@@ -248,61 +248,51 @@ class WalkStep:
 class _Edges:
     """The edges of a walk, sorted by row: what `plan` takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         self.inputs = 0
         self.fetches: list[Fetch] = []
         self.bundles: list[Bundle] = []
-        self.pointer = np.zeros(1, np.int64)
+        self.pointer = np.zeros(rows + 1, np.int32)
         self.column = self.weight = np.empty(0, np.int32)
 
 
 def _edges(network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArray[np.int32]], places: Places) -> _Edges:
     """Every edge of these bundles into the rows of a walk. Value rows: inputs from outside first, then the rows."""
-    out = _Edges()
-    rows_total = max(int(rows.max(initial=-1)) for rows in row_of.values()) + 1
-    rows, sources, weights, owners = [], [], [], []
-    first_weight = 0
+    out = _Edges(max(int(rows.max(initial=-1)) for rows in row_of.values()) + 1)
+    used: dict[str, NDArray[np.bool_]] = {}
+    kept: list[tuple[Bundle, tuple[NDArray[np.int32], ...]]] = []
     for bundle in bundles:
-        s, t, w = bundle.pattern.all_edges(*network.shapes(bundle))
-        row = row_of[bundle.target][t]
-        if row.size and row.min() < 0:
-            keep = np.flatnonzero(row >= 0)
-            if keep.size == 0:
-                continue
-            s, w, row = s[keep], w[keep], row[keep]
-        rows.append(row)
-        sources.append(s)
-        weights.append(w + first_weight if first_weight else w)
-        owners.append(bundle.source)
-        out.bundles.append(bundle)
-        first_weight += bundle.weight.numel()
-    columns_of: dict[str, NDArray[np.int64]] = {}
-    for name in dict.fromkeys(owners):
-        neurons = network.groups[name].neurons
-        inner = row_of.get(name)
-        used = np.zeros(neurons, bool)
-        for s, owner in zip(sources, owners, strict=True):
-            if owner == name:
-                used[s] = True
-        outside = np.flatnonzero(used if inner is None else used & (inner < 0))
-        place = np.full(neurons, -1, np.int64)
+        edges = tuple(np.ascontiguousarray(a, np.int32) for a in bundle.pattern.all_edges(*network.shapes(bundle)))
+        marks = used.get(bundle.source)
+        if marks is None:
+            marks = np.zeros(network.groups[bundle.source].neurons, np.bool_)
+        if graph.count_edges(edges[0], edges[1], row_of[bundle.target], out.pointer, marks):
+            used[bundle.source] = marks
+            kept.append((bundle, edges))
+    columns_of: dict[str, NDArray[np.int32]] = {}
+    for name, marks in used.items():
+        neurons, inner = marks.size, row_of.get(name)
+        outside = np.flatnonzero(marks if inner is None else marks & (inner < 0))
+        place = np.full(neurons, -1, np.int32)
         if outside.size:
             if inner is None and 2 * outside.size >= neurons:
                 outside = np.arange(neurons)  # most are read: take the group as it lies
             out.fetches.append(places.fetch(name, None if outside.size == neurons else outside))
-            place[outside] = out.inputs + np.arange(outside.size)
+            place[outside] = np.arange(out.inputs, out.inputs + outside.size)
             out.inputs += outside.size
         columns_of[name] = place
     for name, place in columns_of.items():
         inner = row_of.get(name)
         if inner is not None:
             place[inner >= 0] = inner[inner >= 0] + out.inputs
-    column = [columns_of[owner][s] for owner, s in zip(owners, sources, strict=True)]
-    row = np.concatenate(rows) if rows else np.empty(0, np.int32)
-    out.pointer, order = graph.compressed_rows(row, rows_total)
-    if column:
-        out.column = np.concatenate(column)[order].astype(np.int32)
-        out.weight = np.concatenate(weights)[order].astype(np.int32)
+    np.cumsum(out.pointer, out=out.pointer)
+    out.column, out.weight = (np.empty(out.pointer[-1], np.int32) for _ in range(2))
+    where, first_weight = out.pointer[:-1].copy(), 0
+    for bundle, (s, t, w) in kept:
+        row, place = row_of[bundle.target], columns_of[bundle.source]
+        graph.fill_edges(s, t, w, row, place, first_weight, where, out.column, out.weight)
+        first_weight += bundle.weight.numel()
+        out.bundles.append(bundle)
     return out
 
 
