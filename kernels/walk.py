@@ -25,9 +25,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from irgrow.kernels.activations import ACTIVATIONS
-from irgrow.kernels.walk_plan import MAX, SUM, Rows, WalkPlan, plan
+from irgrow.kernels.walk_plan import MAX, SUM, Rows, WalkPlan, parts_of, plan
 
-__all__ = ["MAX", "SUM", "Rows", "WalkPlan", "cost", "joined", "plan", "walk", "walk_reference", "walk_rows"]
+__all__ = [
+    *("MAX", "SUM", "Rows", "WalkPlan", "cost", "joined", "parts_of", "plan"),
+    *("walk", "walk_reference", "walk_rows"),
+]
 
 _FUNCTION = {a.code: a.function for a in ACTIVATIONS.values()}
 Vector = Tensor | Sequence[Tensor]  # one flat vector, or tensors of any shape that make it up one after the other
@@ -180,12 +183,17 @@ def _forward(
     inputs = inputs.resolve_neg()
     slices = _slices(plan, pitch, inputs)
     cells = plan.rows * (pitch if rows is None or keep else min(pitch, _TILE_BYTES // size) * len(slices))
-    length = _length(weights)
+    direct = not keep and rows is not None and rows.parts is not None and _sizes(weights) == rows.parts[0]
+    length = 0 if direct else _length(weights)
     total = cells + length + _length(biases)
     # What nobody will see lies in the memory of the call before, still in the cache.
     buffer = inputs.new_empty(total) if rows is None or keep else _spare(plan, total, inputs)
     start = buffer.data_ptr()
-    weights_at, held_weights = _vector(weights, start + cells * size, inputs)
+    if direct:
+        table, held_weights = _table(weights, size)
+        weights_at = table.buffer_info()[0]
+    else:
+        weights_at, held_weights = _vector(weights, start + cells * size, inputs)
     biases_at, held_biases = _vector(biases, start + (cells + length) * size, inputs)
     offset = None if offset is None else _by_rows(offset)
     slopes = inputs.new_empty(plan.slopes * pitch) if keep and plan.slopes else None
@@ -193,9 +201,10 @@ def _forward(
     slopes_at = 0 if slopes is None else slopes.data_ptr()
     if rows is None:
         out = buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch)
-        rows_at, count, out_at = 0, 0, 0
+        rows_at, count, out_at, part_of_at = 0, 0, 0, 0
     else:
         rows_at, count = rows.address, rows.count
+        part_of_at = rows.part_of_address if direct else 0
         out = inputs.new_empty((batch, count))
         out_at = out.data_ptr()
     input_pitch, input_step = inputs.stride()
@@ -215,6 +224,7 @@ def _forward(
             input_pitch,
             input_step,
             weights_at,
+            part_of_at,
             biases_at,
             offset_at + moved if offset_at else 0,
             offset_pitch,
@@ -235,9 +245,13 @@ def _forward(
     return out, buffer, slopes
 
 
+def _sizes(parts: Parts) -> list[int]:
+    return [part.numel() for part in parts]
+
+
 def _length(parts: Parts) -> int:
     """How much memory the parts need to be put together: none if there is nothing to put together."""
-    return 0 if len(parts) < 2 else sum(part.numel() for part in parts)
+    return 0 if len(parts) < 2 else sum(_sizes(parts))
 
 
 def _vector(parts: Parts, spot: int, like: Tensor) -> tuple[int, Parts]:
@@ -256,6 +270,16 @@ def _vector(parts: Parts, spot: int, like: Tensor) -> tuple[int, Parts]:
         table.append(part.numel())
     _kernels().put_together(_LIKE[like.dtype], spot, table.buffer_info()[0], len(whole))
     return spot, whole
+
+
+def _table(parts: Parts, size: int) -> tuple[Any, Parts]:
+    """(the address in every part that the indices of all weights count from, what must be kept alive)."""
+    whole = tuple(part if part.is_contiguous() and not part.is_neg() else _plain(part) for part in parts)
+    table, before = array("q"), 0
+    for part in whole:
+        table.append(part.data_ptr() - before * size)
+        before += part.numel()
+    return table, whole
 
 
 def _plain(part: Tensor) -> Tensor:
@@ -362,7 +386,7 @@ class _Sums:
     """A vector as long as the parts (nothing for None) that several slices add to, each in a copy of its own."""
 
     def __init__(self, slices: int, parts: Parts | None, like: Tensor) -> None:
-        self.length = 0 if parts is None else sum(part.numel() for part in parts)
+        self.length = 0 if parts is None else sum(_sizes(parts))
         self.parts = [] if parts is None else [like.new_empty(self.length) for _ in range(slices)]
 
     def address(self, k: int) -> int:
@@ -510,7 +534,7 @@ def _apart(whole: Tensor | None, parts: Parts) -> Sequence[Tensor | None]:
         return [None] * len(parts)
     if len(parts) == 1:
         return [whole.view(parts[0].shape)]
-    cut = whole.split([part.numel() for part in parts])
+    cut = whole.split(_sizes(parts))
     return [piece if part.dim() == 1 else piece.view(part.shape) for piece, part in zip(cut, parts, strict=True)]
 
 

@@ -349,16 +349,18 @@ def _row_tables(structure):
 def _forward(like, operands):
     """Rows of `buffer` are filled, columns first..last (a whole number of lines; the real ones end at `batch`).
 
-    `slopes` (0: not wanted) receives sigma'(z) of the rows that store it, with the same pitch. `out` [B, count]
+    `weights` is the address of all weights; or, where `part_of` names a part for every row, of a table of addresses,
+    each of which the indices of the weights count from. `slopes` (0: not wanted) receives sigma'(z) of the rows that store it, with the same pitch. `out` [B, count]
     receives the values of the computed rows `picked`.
     """
-    structure, buffer, pitch, inputs, inputs_pitch, inputs_step, weights, biases = operands[:8]
-    offset, offset_pitch, slopes, picked, count, out, batch, first, last = operands[8:]
+    structure, buffer, pitch, inputs, inputs_pitch, inputs_step, weights, part_of, biases = operands[:9]
+    offset, offset_pitch, slopes, picked, count, out, batch, first, last = operands[9:]
     n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
     ordered = pointer(structure, int32(0))[IN_ORDER] == 1
     row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
     column, index = pointer(column_at, int32(0)), pointer(column_at + 4 * edges, int32(0))
     v, x, w = pointer(buffer, like), pointer(inputs, like), pointer(weights, like)
+    part, table = pointer(part_of, int32(0)), pointer(weights, int64(0))
     bias, extra, kept = pointer(biases, like), pointer(offset, like), pointer(slopes, like)
     zero = constant(0.0, like)
     real = min(last, batch)  # where padding begins
@@ -379,6 +381,8 @@ def _forward(like, operands):
     for r in range(neurons):
         start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
         code, place = fields[r], fields[r + 2 * neurons]
+        if part_of != 0:
+            w = pointer(table[part[r]], like)
         seed = bias[place] if place >= 0 else zero
         at = (n_in + r) * pitch
         if offset != 0:
@@ -406,13 +410,14 @@ def _forward(like, operands):
 @compiled
 def _forward_one(like, operands):
     """`_forward` for batch 1."""
-    structure, buffer, _pitch, inputs, inputs_pitch, _inputs_step, weights, biases = operands[:8]
-    offset, offset_pitch, slopes, picked, count, out = operands[8:14]
+    structure, buffer, _pitch, inputs, inputs_pitch, _inputs_step, weights, part_of, biases = operands[:9]
+    offset, offset_pitch, slopes, picked, count, out = operands[9:15]
     n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
     ordered = pointer(structure, int32(0))[IN_ORDER] == 1
     row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
     column, index = pointer(column_at, int32(0)), pointer(column_at + 4 * edges, int32(0))
     v, x, w = pointer(buffer, like), pointer(inputs, like), pointer(weights, like)
+    part, table = pointer(part_of, int32(0)), pointer(weights, int64(0))
     bias, extra, kept = pointer(biases, like), pointer(offset, like), pointer(slopes, like)
 
     for r in range(n_in):
@@ -420,6 +425,8 @@ def _forward_one(like, operands):
     for r in range(neurons):
         start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
         place = fields[r + 2 * neurons]
+        if part_of != 0:
+            w = pointer(table[part[r]], like)
         z = bias[place] if place >= 0 else constant(0.0, like)
         if offset != 0:
             z += extra[r * offset_pitch]

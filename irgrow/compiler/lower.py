@@ -206,7 +206,9 @@ class WalkStep:
         whole = next((g.name for g, rows, _ in self._groups if count == rows.size == g.neurons), None)
         if whole is not None and len(read) == 1:
             places.put(self._read_slot, whole, None, None)
-        return walk_kernel.Rows(np.concatenate(read) if read else np.empty(0, np.int32))
+        tensors = network.tensors()
+        parts = walk_kernel.parts_of(self.plan, [tensors[name].numel() for name in self._weights])
+        return walk_kernel.Rows(np.concatenate(read) if read else np.empty(0, np.int32), parts)
 
     def run(self, run: Run) -> None:
         x = _side_by_side(self._inputs, run)
