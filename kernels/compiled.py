@@ -15,3 +15,8 @@ def compiled_variants() -> dict[str, int]:
                     code = function.py_func
                     found[f"{code.__module__}.{code.__qualname__}"] = len(function.signatures)
     return found
+
+
+def recompiled(before: dict[str, int]) -> list[str]:
+    """The functions that had been compiled `before`, and for other types of arguments since. First uses do not count."""
+    return [name for name, count in compiled_variants().items() if before.get(name, 0) and count > before[name]]
