@@ -53,6 +53,7 @@ def growth_cost(*, model: str, batch: int, neurons: int, device: str) -> Made:
     step()
 
     def prepare() -> Trained:
+        _ = start.structure.structure  # a model that has grown before knows its hash
         both: Trained = copy.deepcopy((start, optimizer))
         return both
 

@@ -706,9 +706,7 @@ def _parts(vector: Vector | None) -> Parts:
     return (vector,) if isinstance(vector, Tensor) else tuple(vector)
 
 
-def _opaque(
-    plan: WalkPlan, inputs: Tensor, weights: Vector, biases: Vector | None, offset: Tensor | None
-) -> Tensor:
+def _opaque(plan: WalkPlan, inputs: Tensor, weights: Vector, biases: Vector | None, offset: Tensor | None) -> Tensor:
     w, b = joined(weights, inputs), None if biases is None else joined(biases, inputs)
     return _walk_op(plan.tensor, inputs, w, b, offset, plan.neurons, plan.slopes)[0]
 
