@@ -109,6 +109,44 @@ def repeats(pointer: Array, grouped: Array, columns: int) -> bool:
     return bool(_repeats(pointer, grouped, columns))
 
 
+@njit(cache=True, nogil=True)
+def count_edges(source: Array, target: Array, row_of: Array, pointer: Array, used: Array) -> int:
+    """pointer[r + 1] is raised by the edges into row r, their sources are marked as used; returns how many they are.
+
+    row_of[t] is the row of target t, negative: none. All indices are int32 and within bounds.
+    """
+    count = 0
+    for e in range(len(target)):
+        row = row_of[target[e]]
+        if row >= 0:
+            pointer[row + 1] += 1
+            used[source[e]] = True
+            count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def fill_edges(
+    source: Array,
+    target: Array,
+    weight: Array,
+    row_of: Array,
+    column_of: Array,
+    first_weight: int,
+    where: Array,
+    column: Array,
+    index: Array,
+) -> None:
+    """The edges that `count_edges` counted stand at where[row]..., which rises, in their order."""
+    for e in range(len(target)):
+        row = row_of[target[e]]
+        if row >= 0:
+            at = where[row]
+            where[row] = at + 1
+            column[at] = column_of[source[e]]
+            index[at] = weight[e] + first_weight
+
+
 # --- what callers may get wrong -------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ feature-major: one row per neuron, the batch contiguous.
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,23 +25,38 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from irgrow.kernels.activations import ACTIVATIONS
-from irgrow.kernels.walk_plan import MAX, SUM, WalkPlan, plan
+from irgrow.kernels.walk_plan import MAX, SUM, Rows, WalkPlan, parts_of, plan
 
-__all__ = ["MAX", "SUM", "WalkPlan", "cost", "plan", "walk", "walk_reference"]
+__all__ = [
+    *("MAX", "SUM", "Rows", "WalkPlan", "cost", "joined", "parts_of", "plan"),
+    *("walk", "walk_reference", "walk_rows"),
+]
 
 _FUNCTION = {a.code: a.function for a in ACTIVATIONS.values()}
+Vector = Tensor | Sequence[Tensor]  # one flat vector, or tensors of any shape that make it up one after the other
+
+
+def joined(parts: Vector, like: Tensor) -> Tensor:
+    """The parts as one flat vector; an empty one like `like` if there are none."""
+    if isinstance(parts, Tensor):
+        return parts
+    flat = [part.reshape(-1) for part in parts]
+    if len(flat) == 1:
+        return flat[0]
+    return torch.cat(flat) if flat else like.new_zeros(0)
 
 
 # --- what it means --------------------------------------------------------------------------------------------
 
 
 def walk_reference(
-    plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None = None, offset: Tensor | None = None
+    plan: WalkPlan, inputs: Tensor, weights: Vector, biases: Vector | None = None, offset: Tensor | None = None
 ) -> Tensor:
     """`walk` in plain torch, level by level: any dtype and device, differentiable any number of times, torch.func.
 
     Copies all earlier values once per level, so a deep region costs O(levels * rows * batch).
     """
+    weights, biases = joined(weights, inputs), None if biases is None else joined(biases, inputs)
     values, computed = inputs, []
     for level in _levels(plan, inputs.device):
         parts = values.index_select(0, level.column) * weights.index_select(0, level.weight)[:, None]
@@ -133,6 +149,9 @@ _LINE_BYTES = 64  # lanes.py
 _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
 _WORK_PER_THREAD = 6_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
 _LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}  # what the compiled code runs for
+_TILE_BYTES = 256  # of each row in a tile: the fewest with which a line of sums is held four times in registers
+_SPARE_BYTES = 2**24  # of memory that a plan keeps between calls, at most
+Parts = tuple[Tensor, ...]
 
 
 @lru_cache(1)
@@ -146,98 +165,229 @@ def _kernels() -> Any:
 
 
 def _forward(
-    plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None, offset: Tensor | None, keep: bool
+    plan: WalkPlan,
+    rows: Rows | None,
+    inputs: Tensor,
+    weights: Parts,
+    biases: Parts,
+    offset: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(values [neurons, B], the buffer of all value rows they are a view of, the slopes to store if `keep`)."""
-    batch = inputs.shape[1]
+    """(values [neurons, B], or those of `rows` as [B, rows]; all value rows; the slopes to store if `keep`).
+
+    Behind the value rows, in the same memory, stand weights and biases put together from several parts. Nothing
+    here is left to torch's own threads: waking them costs more than a small network takes.
+    """
+    batch, size = inputs.shape[1], inputs.element_size()
     pitch = _pitch(batch, inputs)
-    inputs, weights = _by_rows(inputs), weights.resolve_neg().contiguous()
-    biases = None if biases is None else biases.resolve_neg().contiguous()
+    inputs = inputs.resolve_neg()
+    slices = _slices(plan, pitch, inputs)
+    cells = plan.rows * (pitch if rows is None or keep else min(pitch, _TILE_BYTES // size) * len(slices))
+    direct = not keep and rows is not None and rows.parts is not None and _sizes(weights) == rows.parts[0]
+    length = 0 if direct else _length(weights)
+    total = cells + length + _length(biases)
+    # What nobody will see lies in the memory of the call before, still in the cache.
+    buffer = inputs.new_empty(total) if rows is None or keep else _spare(plan, total, inputs)
+    start = buffer.data_ptr()
+    if direct:
+        table, held_weights = _table(weights, size)
+        weights_at = table.buffer_info()[0]
+    else:
+        weights_at, held_weights = _vector(weights, start + cells * size, inputs)
+    biases_at, held_biases = _vector(biases, start + (cells + length) * size, inputs)
     offset = None if offset is None else _by_rows(offset)
-    buffer = inputs.new_empty((plan.rows, pitch))
-    slopes = inputs.new_empty((plan.slopes, pitch)) if keep and plan.slopes else None
+    slopes = inputs.new_empty(plan.slopes * pitch) if keep and plan.slopes else None
+    inputs_at, offset_at = inputs.data_ptr(), 0 if offset is None else offset.data_ptr()
+    slopes_at = 0 if slopes is None else slopes.data_ptr()
+    if rows is None:
+        out = buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch)
+        rows_at, count, out_at, part_of_at = 0, 0, 0, 0
+    else:
+        rows_at, count = rows.address, rows.count
+        part_of_at = rows.part_of_address if direct else 0
+        out = inputs.new_empty((batch, count))
+        out_at = out.data_ptr()
+    input_pitch, input_step = inputs.stride()
+    offset_pitch = 0 if offset is None else offset.stride(0)
     kernel, like = _kernels().forward, _LIKE[inputs.dtype]
 
-    def walk_columns(first: int, last: int, _: int) -> None:
+    def walk_columns(first: int, last: int, k: int) -> None:
+        moved, width, tile = 0, pitch, start
+        if rows is not None:  # a tile: a batch of its own
+            moved, width = first * size, last - first
+            tile = start + plan.rows * (moved if keep else k * _TILE_BYTES)
         operands = (
             plan.address,
-            buffer.data_ptr(),
-            pitch,
-            inputs.data_ptr(),
-            inputs.stride(0),
-            weights.data_ptr(),
-            0 if biases is None else biases.data_ptr(),
-            0 if offset is None else offset.data_ptr(),
-            0 if offset is None else offset.stride(0),
-            0 if slopes is None else slopes.data_ptr(),
-            batch,
-            first,
-            last,
+            tile,
+            width,
+            inputs_at + moved * input_step,
+            input_pitch,
+            input_step,
+            weights_at,
+            part_of_at,
+            biases_at,
+            offset_at + moved if offset_at else 0,
+            offset_pitch,
+            slopes_at + plan.slopes * moved if slopes_at else 0,
+            rows_at,
+            count,
+            out_at + moved * count,
+            batch if rows is None else batch - first,
+            first if rows is None else 0,
+            last if rows is None else width,
         )
         kernel(like, operands)
 
-    _in_slices(walk_columns, _slices(plan, pitch, inputs), _PANEL_BYTES // inputs.element_size())
-    return buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch), buffer, slopes
+    _in_slices(walk_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
+    del held_weights, held_biases
+    if rows is not None and not keep:
+        _put_back(plan, buffer)
+    return out, buffer, slopes
+
+
+def _sizes(parts: Parts) -> list[int]:
+    return [part.numel() for part in parts]
+
+
+def _length(parts: Parts) -> int:
+    """How much memory the parts need to be put together: none if there is nothing to put together."""
+    return 0 if len(parts) < 2 else sum(_sizes(parts))
+
+
+def _vector(parts: Parts, spot: int, like: Tensor) -> tuple[int, Parts]:
+    """(address of the parts one after the other, what must be kept alive): where they lie, or put together at `spot`.
+
+    The weights of a pass are found at the same place again by the backward pass.
+    """
+    if not parts:
+        return 0, ()
+    whole = tuple(part if part.is_contiguous() and not part.is_neg() else _plain(part) for part in parts)
+    if len(whole) == 1:
+        return whole[0].data_ptr(), whole
+    table = array("q")
+    for part in whole:
+        table.append(part.data_ptr())
+        table.append(part.numel())
+    _kernels().put_together(_LIKE[like.dtype], spot, table.buffer_info()[0], len(whole))
+    return spot, whole
+
+
+def _table(parts: Parts, size: int) -> tuple[Any, Parts]:
+    """(the address in every part that the indices of all weights count from, what must be kept alive)."""
+    whole = tuple(part if part.is_contiguous() and not part.is_neg() else _plain(part) for part in parts)
+    table, before = array("q"), 0
+    for part in whole:
+        table.append(part.data_ptr() - before * size)
+        before += part.numel()
+    return table, whole
+
+
+def _plain(part: Tensor) -> Tensor:
+    return part.resolve_neg().contiguous()
+
+
+def _spare(plan: WalkPlan, length: int, like: Tensor) -> Tensor:
+    """Memory for so many numbers, from the plan's spare pieces if one is large enough."""
+    try:
+        found: Tensor = plan.spare.pop()
+    except IndexError:
+        return like.new_empty(length)
+    return found if found.numel() >= length and found.dtype == like.dtype else like.new_empty(length)
+
+
+def _put_back(plan: WalkPlan, memory: Tensor) -> None:
+    if memory.numel() * memory.element_size() <= _SPARE_BYTES:
+        plan.spare.append(memory)
 
 
 def _backward(
     plan: WalkPlan,
+    rows: Rows | None,
     incoming: Tensor,
     buffer: Tensor,
     slopes: Tensor | None,
-    weights: Tensor,
-    biases: Tensor | None,
+    weights: Parts,
+    biases: Parts,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of inputs, weights, biases and offset, those that are needed."""
-    batch, pitch, size = incoming.shape[1], buffer.shape[1], buffer.element_size()
-    incoming, weights = _by_rows(incoming), weights.resolve_neg().contiguous()
+    """The gradients of inputs, weights, biases and offset, those that are needed. incoming is shaped as what
+    `_forward` returned."""
+    incoming = _by_rows(incoming) if rows is None else incoming.t().resolve_neg()
+    batch, size = incoming.shape[1], buffer.element_size()
+    pitch = _pitch(batch, buffer)
+    if len(weights) > 1:
+        weights_at, held = buffer.data_ptr() + plan.rows * pitch * size, weights
+    else:
+        weights_at, held = _vector(weights, 0, buffer)
     every_row = needs[0] or needs[1]
-    hidden = 0 if every_row else plan.inputs  # input rows that need not be swept have no memory
-    gradient = buffer.new_empty((plan.rows - hidden, pitch))
     slices = _slices(plan, pitch, buffer)
-    d_weights = _Sums(len(slices), weights if needs[1] else None)
-    d_biases = _Sums(len(slices), biases if needs[2] else None)
+    d_inputs = d_offset = None
+    if rows is None:  # the sweep's own memory is what the caller gets
+        hidden = 0 if every_row else plan.inputs  # input rows that need not be swept have no memory
+        gradient = buffer.new_empty((plan.rows - hidden, pitch))
+        if needs[0]:
+            d_inputs = gradient.as_strided((plan.inputs, batch), (pitch, 1))
+        if needs[3]:
+            d_offset = gradient.as_strided((plan.neurons, batch), (pitch, 1), (plan.inputs - hidden) * pitch)
+        gradient_at = gradient.data_ptr() - hidden * pitch * size
+    else:
+        gradient = _spare(plan, plan.rows * min(pitch, _TILE_BYTES // size) * len(slices), buffer)
+        d_inputs = buffer.new_empty((batch, plan.inputs)).t() if needs[0] else None
+        d_offset = buffer.new_empty((plan.neurons, batch)) if needs[3] else None
+        gradient_at = gradient.data_ptr()
+    d_inputs_at = 0 if rows is None or d_inputs is None else d_inputs.data_ptr()
+    d_offset_at = 0 if rows is None or d_offset is None else d_offset.data_ptr()
+    d_weights = _Sums(len(slices), weights if needs[1] else None, buffer)
+    d_biases = _Sums(len(slices), biases if needs[2] else None, buffer)
+    incoming_at, (incoming_pitch, incoming_step) = incoming.data_ptr(), incoming.stride()
+    start, slopes_at = buffer.data_ptr(), 0 if slopes is None else slopes.data_ptr()
     kernel, like = _kernels().backward, _LIKE[buffer.dtype]
 
     def sweep_columns(first: int, last: int, k: int) -> None:
         starts = first == slices[k][0]
+        moved, width, swept = 0, pitch, gradient_at
+        if rows is not None:  # a tile: a batch of its own
+            moved, width = first * size, last - first
+            swept = gradient_at + plan.rows * k * _TILE_BYTES
         operands = (
             plan.address,
-            buffer.data_ptr(),
-            pitch,
-            weights.data_ptr(),
-            0 if slopes is None else slopes.data_ptr(),
-            incoming.data_ptr(),
-            incoming.stride(0),
-            gradient.data_ptr() - hidden * pitch * size,
+            start + plan.rows * moved,
+            width,
+            weights_at,
+            slopes_at + plan.slopes * moved if slopes_at else 0,
+            incoming_at + moved * incoming_step,
+            incoming_pitch,
+            incoming_step,
+            -1 if rows is None else rows.count,
+            0 if rows is None else rows.address,
+            swept,
             d_weights.address(k),
             d_biases.address(k),
             d_weights.length if starts else 0,
             d_biases.length if starts else 0,
             int(every_row),
+            d_inputs_at + moved * plan.inputs if d_inputs_at else 0,
+            d_offset_at + moved if d_offset_at else 0,
             batch,
-            first,
-            last,
+            batch if rows is None else batch - first,
+            first if rows is None else 0,
+            last if rows is None else width,
         )
         kernel(like, operands)
 
-    _in_slices(sweep_columns, slices, _PANEL_BYTES // size)
-    computed = (plan.inputs - hidden) * pitch
-    return (
-        gradient.as_strided((plan.inputs, batch), (pitch, 1)) if needs[0] else None,
-        d_weights.total(),
-        d_biases.total(),
-        gradient.as_strided((plan.neurons, batch), (pitch, 1), computed) if needs[3] else None,
-    )
+    _in_slices(sweep_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
+    del held
+    if rows is not None:
+        _put_back(plan, gradient)
+    return d_inputs, d_weights.total(), d_biases.total(), d_offset
 
 
 class _Sums:
-    """A vector like `like` (nothing for None) that several slices add to, each in a copy of its own."""
+    """A vector as long as the parts (nothing for None) that several slices add to, each in a copy of its own."""
 
-    def __init__(self, slices: int, like: Tensor | None) -> None:
-        self.length = 0 if like is None else len(like)
-        self.parts = [] if like is None else [like.new_empty(len(like)) for _ in range(slices)]
+    def __init__(self, slices: int, parts: Parts | None, like: Tensor) -> None:
+        self.length = 0 if parts is None else sum(_sizes(parts))
+        self.parts = [] if parts is None else [like.new_empty(self.length) for _ in range(slices)]
 
     def address(self, k: int) -> int:
         return self.parts[k].data_ptr() if self.parts else 0
@@ -306,11 +456,18 @@ def _runs_compiled(like: Tensor) -> bool:
 def _reference_gradients(
     plan: WalkPlan,
     incoming: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    inputs: Tensor,
+    offset: Tensor | None,
+    weights: Parts,
+    biases: Parts | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by differentiating the reference; themselves differentiable where gradients are enabled."""
+    """The gradients by differentiating the reference; themselves differentiable where gradients are enabled.
+
+    In the order inputs, offset, every weight, every bias: those that `needs` asks for.
+    """
     create_graph = torch.is_grad_enabled()
+    operands = (inputs, offset, *weights, *(biases or ()))
     with torch.enable_grad():
         # An alias per operand, so that one operand's own dependence on another is not counted here.
         if create_graph:
@@ -321,7 +478,9 @@ def _reference_gradients(
         for a in wanted:
             if not a.requires_grad:
                 a.requires_grad_()
-        values = walk_reference(plan, *aliases)  # type: ignore[arg-type]
+        x, added, *vectors = aliases
+        w, b = vectors[: len(weights)], vectors[len(weights) :]
+        values = walk_reference(plan, x, w, None if biases is None else b, added)  # type: ignore[arg-type]
         found = iter(
             torch.autograd.grad(
                 values, wanted, incoming, create_graph=create_graph, allow_unused=True, materialize_grads=True
@@ -331,24 +490,52 @@ def _reference_gradients(
 
 
 class _Walk(torch.autograd.Function):
-    """`walk` with gradients, eagerly. Twice differentiable: the second time through the reference."""
+    """`walk` and `walk_rows` with gradients, eagerly. Twice differentiable: the second time through the reference.
+
+    `vectors` are the parts of the weights (so many) and of the biases.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None, offset: Tensor | None
+        ctx: Any,
+        plan: WalkPlan,
+        rows: Rows | None,
+        weights: int,
+        inputs: Tensor,
+        offset: Tensor | None,
+        *vectors: Tensor,
     ) -> Tensor:
-        values, buffer, slopes = _forward(plan, inputs, weights, biases, offset, True)
-        ctx.plan = plan
-        ctx.save_for_backward(inputs, weights, biases, offset, buffer, slopes)
-        return values
+        out, buffer, slopes = _forward(plan, rows, inputs, vectors[:weights], vectors[weights:], offset, True)
+        ctx.plan, ctx.rows, ctx.weights = plan, rows, weights
+        ctx.save_for_backward(buffer, slopes, inputs, offset, *vectors)
+        return out
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, buffer, slopes = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
+        buffer, slopes, inputs, offset, *vectors = ctx.saved_tensors
+        weights, biases = tuple(vectors[: ctx.weights]), tuple(vectors[ctx.weights :])
+        needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
-            return None, *_reference_gradients(ctx.plan, incoming, tuple(operands), needs)
-        return None, *_backward(ctx.plan, incoming, buffer, slopes, operands[1], operands[2], needs)
+            if ctx.rows is not None:
+                shape = ctx.plan.neurons, incoming.shape[0]
+                incoming = incoming.new_zeros(shape).index_add(0, ctx.rows.tensor, incoming.t())
+            given = (inputs, offset, weights, biases or None)
+            return None, None, None, *_reference_gradients(ctx.plan, incoming, *given, needs)
+        middle = 2 + len(weights)
+        every = needs[0], any(needs[2:middle]), any(needs[middle:]), needs[1]
+        found = _backward(ctx.plan, ctx.rows, incoming, buffer, slopes, weights, biases, every)
+        d_inputs, d_weights, d_biases, d_offset = found
+        return None, None, None, d_inputs, d_offset, *_apart(d_weights, weights), *_apart(d_biases, biases)
+
+
+def _apart(whole: Tensor | None, parts: Parts) -> Sequence[Tensor | None]:
+    """The gradient of each part, out of that of all of them."""
+    if whole is None:
+        return [None] * len(parts)
+    if len(parts) == 1:
+        return [whole.view(parts[0].shape)]
+    cut = whole.split(_sizes(parts))
+    return [piece if part.dim() == 1 else piece.view(part.shape) for piece, part in zip(cut, parts, strict=True)]
 
 
 @torch.library.custom_op("irgrow::walk", mutates_args=())
@@ -365,9 +552,9 @@ def _walk_op(
     plan = WalkPlan.of_structure(structure)
     if not _runs_compiled(inputs):
         values = walk_reference(plan, inputs, weights, biases, offset)
-        return values.contiguous(), inputs.new_empty((0, 0)), inputs.new_empty((0, 0))
-    values, buffer, kept = _forward(plan, inputs, weights, biases, offset, True)
-    kept = inputs.new_empty((0, 0)) if kept is None else kept
+        return values.contiguous(), inputs.new_empty(0), inputs.new_empty(0)
+    values, buffer, kept = _forward(plan, None, inputs, (weights,), _parts(biases), offset, True)
+    kept = inputs.new_empty(0) if kept is None else kept
     return values.clone(memory_format=torch.contiguous_format), buffer, kept
 
 
@@ -384,10 +571,10 @@ def _(
     batch = inputs.shape[1]
     values = inputs.new_empty((neurons, batch))
     if not _runs_compiled(inputs):
-        return values, inputs.new_empty((0, 0)), inputs.new_empty((0, 0))
+        return values, inputs.new_empty(0), inputs.new_empty(0)
     pitch = _pitch(batch, inputs)
-    kept = inputs.new_empty((slopes, pitch) if slopes else (0, 0))
-    return values, inputs.new_empty((inputs.shape[0] + neurons, pitch)), kept
+    kept = inputs.new_empty(slopes * pitch)
+    return values, inputs.new_empty((inputs.shape[0] + neurons) * pitch), kept
 
 
 @torch.library.custom_op("irgrow::walk_backward", mutates_args=())
@@ -404,11 +591,15 @@ def _walk_backward_op(
 ) -> list[Tensor]:
     """The needed gradients of inputs, weights, biases and offset; an empty tensor for the others."""
     plan = WalkPlan.of_structure(structure)
-    found: tuple[Tensor | None, ...]
+    found: Sequence[Tensor | None]
     if _runs_compiled(inputs):
-        found = _backward(plan, incoming, buffer, slopes, weights, biases, needs)
+        found = _backward(plan, None, incoming, buffer, slopes, (weights,), _parts(biases), needs)
     else:
-        found = _reference_gradients(plan, incoming, (inputs, weights, biases, offset), needs)
+        needs_x, needs_w, needs_b, needs_o = needs
+        bias = () if biases is None else (biases,)
+        wanted = (needs_x, needs_o, needs_w, *(needs_b for _ in bias))
+        d_x, d_o, d_w, *d_b = _reference_gradients(plan, incoming, inputs, offset, (weights,), bias or None, wanted)
+        found = d_x, d_w, d_b[0] if d_b else None, d_o
     return [weights.new_empty(0) if g is None else g.clone(memory_format=torch.contiguous_format) for g in found]
 
 
@@ -454,60 +645,107 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def walk(
-    plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None = None, offset: Tensor | None = None
+    plan: WalkPlan, inputs: Tensor, weights: Vector, biases: Vector | None = None, offset: Tensor | None = None
 ) -> Tensor:
     """The values of the computed rows, [neurons, B].
 
     inputs [plan.inputs, B] become value rows 0..plan.inputs-1; weights [>= plan.weights] and biases
-    [>= plan.biases] are flat vectors that the plan's indices point into; offset [neurons, B] is added to the
-    pre-activations, after the aggregation. All share one dtype and device. A row of the result is contiguous;
-    rows may be padded (stride(0) >= B).
+    [>= plan.biases] are flat vectors that the plan's indices point into, or sequences of tensors that make them up
+    one after the other; offset [neurons, B] is added to the pre-activations, after the aggregation. All share one
+    dtype and device, and may lie in memory anyhow. A row of the result is contiguous; rows may be padded
+    (stride(0) >= B).
 
-    Differentiable any number of times in all four; sums over edges and over the batch are accumulated in the
+    Differentiable any number of times in all; sums over edges and over the batch are accumulated in the
     dtype of the operands. float32 and float64 on the CPU run compiled; everything else, torch.func transforms
     and second derivatives run `walk_reference`. Raises ValueError or TypeError for operands that do not fit.
     """
-    _check(plan, inputs, weights, biases, offset)
+    return _walk(plan, None, inputs, weights, biases, offset)
+
+
+def walk_rows(
+    plan: WalkPlan,
+    rows: Rows,
+    inputs: Tensor,
+    weights: Vector,
+    biases: Vector | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """`walk(...)[rows].t()`, [B, rows], contiguous: what is asked for, and no memory for the rest where possible."""
+    if rows.last >= plan.neurons:
+        raise ValueError(f"walk: rows must be below {plan.neurons}, found {rows.last}")
+    return _walk(plan, rows, inputs, weights, biases, offset)
+
+
+def _walk(
+    plan: WalkPlan, rows: Rows | None, inputs: Tensor, weights: Vector, biases: Vector | None, offset: Tensor | None
+) -> Tensor:
+    weight_parts, bias_parts = _parts(weights), _parts(biases)
+    _check(plan, inputs, weights, weight_parts, biases, bias_parts, offset)
     if torch.compiler.is_compiling():
-        return _walk_op(plan.tensor, inputs, weights, biases, offset, plan.neurons, plan.slopes)[0]
+        return _picked(rows, _opaque(plan, inputs, weights, biases, offset))
     if not _runs_compiled(inputs) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return walk_reference(plan, inputs, weights, biases, offset)
-    if not (type(inputs) in _PLAIN and type(weights) in _PLAIN and type(biases) in _PLAIN and type(offset) in _PLAIN):
-        return _walk_op(plan.tensor, inputs, weights, biases, offset, plan.neurons, plan.slopes)[0]
-    if torch.is_grad_enabled() and (
-        inputs.requires_grad
-        or weights.requires_grad
-        or (biases is not None and biases.requires_grad)
-        or (offset is not None and offset.requires_grad)
-    ):
-        return _Walk.apply(plan, inputs, weights, biases, offset)
-    return _forward(plan, inputs, weights, biases, offset, False)[0]
+        return _picked(rows, walk_reference(plan, inputs, weights, biases, offset))
+    operands = (inputs, offset, *weight_parts, *bias_parts)
+    needs_gradient = False
+    for operand in operands:
+        if type(operand) not in _PLAIN:
+            return _picked(rows, _opaque(plan, inputs, weights, biases, offset))
+        needs_gradient = needs_gradient or (operand is not None and operand.requires_grad)
+    if needs_gradient and torch.is_grad_enabled():
+        return _Walk.apply(plan, rows, len(weight_parts), *operands)
+    return _forward(plan, rows, inputs, weight_parts, bias_parts, offset, False)[0]
 
 
-def _check(plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None, offset: Tensor | None) -> None:
-    dtype, device = weights.dtype, weights.device
+def _picked(rows: Rows | None, values: Tensor) -> Tensor:
+    return values if rows is None else values.index_select(0, rows.tensor.to(values.device)).t().contiguous()
+
+
+def _parts(vector: Vector | None) -> Parts:
+    if vector is None:
+        return ()
+    return (vector,) if isinstance(vector, Tensor) else tuple(vector)
+
+
+def _opaque(plan: WalkPlan, inputs: Tensor, weights: Vector, biases: Vector | None, offset: Tensor | None) -> Tensor:
+    w, b = joined(weights, inputs), None if biases is None else joined(biases, inputs)
+    return _walk_op(plan.tensor, inputs, w, b, offset, plan.neurons, plan.slopes)[0]
+
+
+def _check(
+    plan: WalkPlan,
+    inputs: Tensor,
+    weights: Vector,
+    weight_parts: Parts,
+    biases: Vector | None,
+    bias_parts: Parts,
+    offset: Tensor | None,
+) -> None:
+    first = weight_parts[0] if weight_parts else inputs
+    dtype, device = first.dtype, first.device
     if inputs.dim() != 2 or inputs.shape[0] != plan.inputs:
         raise ValueError(f"walk: inputs must be [{plan.inputs}, batch], found {list(inputs.shape)}")
-    if weights.dim() != 1 or weights.shape[0] < plan.weights:
-        raise ValueError(f"walk: weights must be [{plan.weights}] or longer, found {list(weights.shape)}")
     if inputs.dtype != dtype or inputs.device != device:
-        _mismatch("inputs", inputs, weights)
+        _mismatch("inputs", inputs, first)
     if not dtype.is_floating_point:
         raise TypeError(f"walk: operands must be floating point, found {dtype}")
-    if biases is None:
-        if plan.biases:
-            raise ValueError(f"walk: biases must be [{plan.biases}] or longer, found none")
-    else:
-        if biases.dim() != 1 or biases.shape[0] < plan.biases:
-            raise ValueError(f"walk: biases must be [{plan.biases}] or longer, found {list(biases.shape)}")
-        if biases.dtype != dtype or biases.device != device:
-            _mismatch("biases", biases, weights)
+    for name, vector, parts, needed in (
+        ("weights", weights, weight_parts, plan.weights),
+        ("biases", biases, bias_parts, plan.biases),
+    ):
+        length = 0
+        for part in parts:
+            length += part.numel()
+            if part.dtype != dtype or part.device != device:
+                _mismatch(name, part, first)
+        if length < needed or (isinstance(vector, Tensor) and vector.dim() != 1):
+            found = "none" if vector is None else list(vector.shape) if isinstance(vector, Tensor) else [length]
+            raise ValueError(f"walk: {name} must be [{needed}] or longer, found {found}")
     if offset is not None:
         if offset.dim() != 2 or offset.shape[0] != plan.neurons or offset.shape[1] != inputs.shape[1]:
             expected = [plan.neurons, inputs.shape[1]]
             raise ValueError(f"walk: offset must be {expected}, found {list(offset.shape)}")
         if offset.dtype != dtype or offset.device != device:
-            _mismatch("offset", offset, weights)
+            _mismatch("offset", offset, first)
 
 
 def _mismatch(name: str, found: Tensor, weights: Tensor) -> None:

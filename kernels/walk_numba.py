@@ -18,7 +18,7 @@ import sys
 import zlib
 from typing import Any
 
-from numba import int32, njit, types
+from numba import int32, int64, njit, types
 
 from irgrow.kernels import activations_numba, lanes
 from irgrow.kernels.activations_numba import (
@@ -349,28 +349,40 @@ def _row_tables(structure):
 def _forward(like, operands):
     """Rows of `buffer` are filled, columns first..last (a whole number of lines; the real ones end at `batch`).
 
-    `slopes` (0: not wanted) receives sigma'(z) of the rows that store it, with the same pitch.
+    `weights` is the address of all weights; or, where `part_of` names a part for every row, of a table of addresses,
+    each of which the indices of the weights count from. `slopes` (0: not wanted) receives sigma'(z) of the rows that store it, with the same pitch. `out` [B, count]
+    receives the values of the computed rows `picked`.
     """
-    structure, buffer, pitch, inputs, inputs_pitch, weights, biases = operands[:7]
-    offset, offset_pitch, slopes, batch, first, last = operands[7:]
+    structure, buffer, pitch, inputs, inputs_pitch, inputs_step, weights, part_of, biases = operands[:9]
+    offset, offset_pitch, slopes, picked, count, out, batch, first, last = operands[9:]
     n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
     ordered = pointer(structure, int32(0))[IN_ORDER] == 1
     row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
     column, index = pointer(column_at, int32(0)), pointer(column_at + 4 * edges, int32(0))
     v, x, w = pointer(buffer, like), pointer(inputs, like), pointer(weights, like)
+    part, table = pointer(part_of, int32(0)), pointer(weights, int64(0))
     bias, extra, kept = pointer(biases, like), pointer(offset, like), pointer(slopes, like)
     zero = constant(0.0, like)
     real = min(last, batch)  # where padding begins
 
+    if inputs_step == 1:
+        for r in range(n_in):
+            for b in range(first, real):
+                v[r * pitch + b] = x[r * inputs_pitch + b]
+    else:
+        for block in range(0, n_in, 16):  # by squares: both sides stay in the cache
+            for b in range(first, real):
+                for r in range(block, min(block + 16, n_in)):
+                    v[r * pitch + b] = x[r * inputs_pitch + b * inputs_step]
     for r in range(n_in):
-        for b in range(first, real):
-            v[r * pitch + b] = x[r * inputs_pitch + b]
         for b in range(real, last):
             v[r * pitch + b] = zero
 
     for r in range(neurons):
         start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
         code, place = fields[r], fields[r + 2 * neurons]
+        if part_of != 0:
+            w = pointer(table[part[r]], like)
         seed = bias[place] if place >= 0 else zero
         at = (n_in + r) * pitch
         if offset != 0:
@@ -388,17 +400,24 @@ def _forward(like, operands):
         for b in range(real, last):
             v[at + b] = zero
 
+    chosen, y = pointer(picked, int32(0)), pointer(out, like)
+    for block in range(0, count, 16):
+        for b in range(first, real):
+            for k in range(block, min(block + 16, count)):
+                y[b * count + chosen[count + k]] = v[(n_in + chosen[k]) * pitch + b]
+
 
 @compiled
 def _forward_one(like, operands):
     """`_forward` for batch 1."""
-    structure, buffer, _pitch, inputs, inputs_pitch, weights, biases = operands[:7]
-    offset, offset_pitch, slopes = operands[7:10]
+    structure, buffer, _pitch, inputs, inputs_pitch, _inputs_step, weights, part_of, biases = operands[:9]
+    offset, offset_pitch, slopes, picked, count, out = operands[9:15]
     n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
     ordered = pointer(structure, int32(0))[IN_ORDER] == 1
     row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
     column, index = pointer(column_at, int32(0)), pointer(column_at + 4 * edges, int32(0))
     v, x, w = pointer(buffer, like), pointer(inputs, like), pointer(weights, like)
+    part, table = pointer(part_of, int32(0)), pointer(weights, int64(0))
     bias, extra, kept = pointer(biases, like), pointer(offset, like), pointer(slopes, like)
 
     for r in range(n_in):
@@ -406,6 +425,8 @@ def _forward_one(like, operands):
     for r in range(neurons):
         start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
         place = fields[r + 2 * neurons]
+        if part_of != 0:
+            w = pointer(table[part[r]], like)
         z = bias[place] if place >= 0 else constant(0.0, like)
         if offset != 0:
             z += extra[r * offset_pitch]
@@ -417,6 +438,10 @@ def _forward_one(like, operands):
         if slopes != 0 and fields[r + 3 * neurons] >= 0:
             kept[fields[r + 3 * neurons]] = slope_one(fields[r], z)
         v[n_in + r] = activate_one(fields[r], z)
+
+    chosen, y = pointer(picked, int32(0)), pointer(out, like)
+    for k in range(count):
+        y[chosen[count + k]] = v[n_in + chosen[k]]
 
 
 # --- backward -------------------------------------------------------------------------------------------------
@@ -436,11 +461,14 @@ def _backward(like, operands):
     """Rows of `gradient` [value rows, pitch] become d/dz of computed rows and, if `every_row`, d/dx of input rows.
 
     Gradients of weights come with those of the rows their edges leave: wanting them implies `every_row`.
-    incoming [neurons, B] is the gradient of the computed values. `d_weights` and `d_biases` (0: not wanted) are
-    added to, in the first panel after their first `clear_...` entries have been set to 0 (see `backward`).
+    incoming [neurons, B] is the gradient of the computed values; or [count, B], anyhow strided, that of the computed
+    rows `picked`, the others having none (count -1: all of them, in order). `d_weights` and `d_biases` (0: not wanted) are
+    added to, in the first panel after their first `clear_...` entries have been set to 0 (see `backward`). `d_inputs`
+    [B, inputs] and `d_offset` [neurons, samples] (0: not wanted) receive their part of `gradient`.
     """
-    structure, buffer, pitch, weights, slopes, incoming, incoming_pitch = operands[:7]
-    gradient, d_weights, d_biases, _clear_weights, _clear_biases, every_row, batch, first, last = operands[7:]
+    structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, incoming_step, count, picked = operands[:10]
+    gradient, d_weights, d_biases, _clear_weights, _clear_biases, every_row = operands[10:16]
+    d_inputs, d_offset, samples, batch, first, last = operands[16:]
     n_in, neurons, edges, rows_at, fields_at, column_at = _row_tables(structure)
     has_max = pointer(structure, int32(0))[MAXIMA] > 0
     row_pointer, fields = pointer(rows_at, int32(0)), pointer(fields_at, int32(0))
@@ -464,25 +492,39 @@ def _backward(like, operands):
         for row in range(lowest, rows):
             for b in range(first, last):
                 g[row * pitch + b] = zero
+    chosen, next_chosen = pointer(picked, int32(0)), count - 1
+    for block in range(0, count, 16):
+        for b in range(first, real):
+            for k in range(block, min(block + 16, count)):
+                place = chosen[count + k]
+                g[(n_in + chosen[k]) * pitch + b] = dy[place * incoming_pitch + b * incoming_step]
+        for k in range(block, min(block + 16, count)):
+            for b in range(real, last):
+                g[(n_in + chosen[k]) * pitch + b] = zero
 
     for k in range(rows - lowest):
         row = rows - 1 - k
         r = row - n_in
+        begun = has_max  # whether row holds a part of its gradient already
+        if next_chosen >= 0 and chosen[next_chosen] == r:
+            begun, next_chosen = True, next_chosen - 1
         start, stop = types.int64(child_pointer[k]), types.int64(child_pointer[k + 1])
         at = row * pitch
         ahead = at - distance * pitch
         for b in range(first, last, line):
             prefetch(v, ahead + b)
             prefetch(g, ahead + b)
-            prefetch(dy, (r - distance) * incoming_pitch + b)
+            if count < 0:
+                prefetch(dy, (r - distance) * incoming_pitch + b)
         if d_weights != 0:
-            _pull(g, at, has_max, pitch, child, child_index, w, start, stop, v, dw, first, last)
+            _pull(g, at, begun, pitch, child, child_index, w, start, stop, v, dw, first, last)
         else:
-            _gather(g, at, zero, has_max, g, pitch, child, child_index, w, False, start, stop, first, last)
+            _gather(g, at, zero, begun, g, pitch, child, child_index, w, False, start, stop, first, last)
         if r < 0:
             continue
-        for b in range(first, real):
-            g[at + b] += dy[r * incoming_pitch + b]
+        if count < 0:
+            for b in range(first, real):
+                g[at + b] += dy[r * incoming_pitch + b]
         slope = types.int64(fields[r + 3 * neurons])
         if slope >= 0:
             for b in range(first, last):
@@ -500,12 +542,25 @@ def _backward(like, operands):
             start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
             _send_to_largest(g, row, v, pitch, column, index, w, dw, d_weights != 0, lowest, start, stop, first, real)
 
+    if d_inputs != 0:
+        dx = pointer(d_inputs, like)
+        for block in range(0, n_in, 16):
+            for b in range(first, real):
+                for r in range(block, min(block + 16, n_in)):
+                    dx[b * n_in + r] = g[r * pitch + b]
+    if d_offset != 0:
+        dz = pointer(d_offset, like)
+        for r in range(neurons):
+            for b in range(first, real):
+                dz[r * samples + b] = g[(n_in + r) * pitch + b]
+
 
 @compiled
 def _backward_one(like, operands):
     """`_backward` for batch 1."""
-    structure, buffer, _pitch, weights, slopes, incoming, incoming_pitch = operands[:7]
-    gradient, d_weights, d_biases, _clear_weights, _clear_biases, every_row = operands[7:13]
+    structure, buffer, _pitch, weights, slopes, incoming, incoming_pitch, _step, count, picked = operands[:10]
+    gradient, d_weights, d_biases, _clear_weights, _clear_biases, every_row = operands[10:16]
+    d_inputs, d_offset, samples = operands[16:19]
     n_in, neurons, edges, rows_at, fields_at, column_at = _row_tables(structure)
     has_max = pointer(structure, int32(0))[MAXIMA] > 0
     row_pointer, fields = pointer(rows_at, int32(0)), pointer(fields_at, int32(0))
@@ -523,6 +578,7 @@ def _backward_one(like, operands):
         for row in range(lowest, rows):
             g[row] = constant(0.0, like)
 
+    chosen, next_chosen = pointer(picked, int32(0)), count - 1
     for k in range(rows - lowest):
         row = rows - 1 - k
         r = row - n_in
@@ -532,8 +588,12 @@ def _backward_one(like, operands):
             dz = _pull_one(dz, g, child, child_index, w, start, stop, v[row], dw)
         else:
             dz = _gather_one(dz, g, child, child_index, w, False, start, stop)
+        if next_chosen >= 0 and chosen[next_chosen] == r:
+            dz += dy[chosen[count + next_chosen] * incoming_pitch]
+            next_chosen -= 1
         if r >= 0:
-            dz += dy[r * incoming_pitch]
+            if count < 0:
+                dz += dy[r * incoming_pitch]
             slope = fields[r + 3 * neurons]
             dz = dz * kept[slope] if slope >= 0 else chain_one(fields[r], dz, v[row])
             if d_biases != 0 and fields[r + 2 * neurons] >= 0:
@@ -542,6 +602,15 @@ def _backward_one(like, operands):
         if r >= 0 and fields[r + neurons] == MAX:
             start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
             _send_to_largest(g, row, v, 1, column, index, w, dw, d_weights != 0, lowest, start, stop, 0, 1)
+
+    if d_inputs != 0:
+        dx = pointer(d_inputs, like)
+        for r in range(n_in):
+            dx[r] = g[r]
+    if d_offset != 0:
+        ds = pointer(d_offset, like)
+        for r in range(neurons):
+            ds[r * samples] = g[n_in + r]
 
 
 # --- entry points ---------------------------------------------------------------------------------------------
@@ -561,7 +630,7 @@ def _entry_points(sources: int) -> tuple[Any, ...]:
 
     @entry
     def backward(like, operands):
-        d_weights, d_biases, clear_weights, clear_biases = operands[8:12]
+        d_weights, d_biases, clear_weights, clear_biases = operands[11:15]
         dw, db = pointer(d_weights, like), pointer(d_biases, like)
         for k in range(clear_weights):
             dw[k] = constant(0.0, like)
@@ -574,13 +643,25 @@ def _entry_points(sources: int) -> tuple[Any, ...]:
         return sources
 
     @entry
+    def put_together(like, target, table, parts):
+        """target becomes the `parts` vectors whose (address, length) stand in the table, one after the other."""
+        out, entries = pointer(target, like), pointer(table, int64(0))
+        at = 0
+        for k in range(parts):
+            part, length = pointer(entries[2 * k], like), entries[2 * k + 1]
+            for i in range(length):
+                out[at + i] = part[i]
+            at += length
+        return sources
+
+    @entry
     def add_onto(like, target, other, count):
         a, b = pointer(target, like), pointer(other, like)
         for k in range(count):
             a[k] += b[k]
         return sources
 
-    return forward, backward, add_onto
+    return forward, backward, put_together, add_onto
 
 
-forward, backward, add_onto = _entry_points(SOURCES)
+forward, backward, put_together, add_onto = _entry_points(SOURCES)

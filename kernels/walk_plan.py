@@ -23,7 +23,8 @@ MAX rows: which parent won is known only per sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -77,6 +78,7 @@ class WalkPlan:
     biases: int
     maxima: int  # rows with aggregation MAX
     slopes: int  # rows that keep sigma'(z) for the backward pass
+    spare: list[Tensor] = field(default_factory=list)  # memory that serves one call after the other
 
     @staticmethod
     def of_structure(structure: Indices | Tensor) -> WalkPlan:
@@ -163,6 +165,61 @@ class WalkPlan:
 
     def _part(self, start: int, length: int) -> Indices:
         return self.structure[HEADER + start : HEADER + start + length]
+
+
+class Rows:
+    """Computed rows that somebody will read, in the order in which they are wanted. Each at most once.
+
+    `parts` (see `parts_of`) saves putting the weights together where no row needs several parts of them.
+    """
+
+    def __init__(self, index: NDArray[np.integer], parts: Parts | None = None) -> None:
+        order = np.argsort(index, kind="stable")
+        self.table = np.ascontiguousarray([index[order], order], np.int32)  # rows rising, and the place of each
+        rows = self.table[0]
+        if rows.size and (rows[0] < 0 or bool((rows[1:] == rows[:-1]).any())):
+            raise ValueError(f"rows must be different numbers from 0 on, found {index}")
+        self.count = rows.size
+        self.last = int(rows[-1]) if rows.size else -1
+        self.address = self.table.ctypes.data
+        self.tensor = torch.from_numpy(np.array(index, np.int64))
+        self.parts = parts
+        self.part_of_address = 0 if parts is None else parts[1].ctypes.data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rows, (self.tensor.numpy(), self.parts)  # a copy has an address of its own
+
+
+Parts = tuple[list[int], Indices]
+
+
+def parts_of(plan: WalkPlan, sizes: Sequence[int]) -> Parts | None:
+    """The sizes and, for every row, the one part that all its weights lie in (the first if it has none).
+
+    `sizes`: how long the parts are that make up the weights, one after the other. None if there is but one part,
+    or some row needs two.
+    """
+    ends = np.cumsum(sizes)
+    if len(sizes) < 2 or ends[-1] < plan.weights:
+        return None
+    part_of = np.zeros(plan.neurons, np.int32)
+    return (list(sizes), part_of) if _parts_of(plan.pointer, plan.weight, ends, part_of) else None
+
+
+@njit(cache=True, nogil=True)
+def _parts_of(pointer: Indices, weight: Indices, ends: NDArray[np.int64], part_of: Indices) -> bool:
+    for r in range(len(part_of)):
+        if pointer[r] == pointer[r + 1]:
+            continue
+        part = 0
+        while weight[pointer[r]] >= ends[part]:
+            part += 1
+        first = 0 if part == 0 else ends[part - 1]
+        for e in range(pointer[r], pointer[r + 1]):
+            if weight[e] < first or weight[e] >= ends[part]:
+                return False
+        part_of[r] = part
+    return True
 
 
 def plan(

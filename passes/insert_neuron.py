@@ -210,7 +210,7 @@ class InsertNeuron(Pass):
         for bundle in edit.bundles.values():
             if (bundle.source, bundle.target) == (source, target) and isinstance(bundle.pattern, Sparse):
                 held = bundle.pattern.target[bundle.pattern.source == s[0]]
-                if held.size and np.isin(t, held).any():
+                if not set(held.tolist()).isdisjoint(np.asarray(t).tolist()):
                     continue  # parallel edges of two bundles stay in two bundles
                 if TAG not in bundle.pattern.tags:
                     edit.tag_edges(bundle.name, TAG, np.ones(bundle.pattern.source.size))

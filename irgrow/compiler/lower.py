@@ -69,7 +69,9 @@ class BlockStep:
                     kinds.append("dense")
                     continue
                 function, kind = (
-                    _walked(network, group, part, places, walk) if part.walked else part_function(network, part, places)
+                    _walked(network, group, part, places, walk)
+                    if part.walked
+                    else part_function(network, part, places, _route(walk))
                 )
                 self._parts.append(function)
                 kinds.append(kind)
@@ -166,14 +168,14 @@ class WalkStep:
             bias=bias,
         )
         self._offsets = [
-            (first, last, [part_function(network, part, places)[0] for part in parts])
+            (first, last, [part_function(network, part, places, _route(walk))[0] for part in parts])
             for first, last, parts in stage.offsets
         ]
         self._groups = [(g, rows_of[g.name], stage.local[rows_of[g.name]]) for g in groups]
         self._shift_rows = {g.name: (places.tensor(rows), places.tensor(local)) for g, rows, local in self._groups}
-        self._slot = places.new_slot(by_rows=True)
-        for g, rows, local in self._groups:
-            places.put(self._slot, g.name, local, rows)
+        self._slot, self._read_slot = places.new_slot(by_rows=True), places.new_slot(by_rows=False)
+        self._read = self._publish(network, stage, places)
+        self._read_index = places.tensor(self._read.tensor.numpy())
         self.reason = "; ".join(stage.reasons)
         names = ", ".join(
             f"{g.name}{'' if r.size == g.neurons else f'[{r.size} of {g.neurons}]'}" for g, r, _ in self._groups
@@ -185,11 +187,41 @@ class WalkStep:
             f" from {', '.join(sources) or 'themselves'}{f' + {added} matrix parts' if added else ''}"
         )
 
+    def _publish(self, network: Network, stage: Walk, places: Places) -> walk_kernel.Rows:
+        """The rows that other steps read, group by group; the other groups are found only where all is recorded."""
+        read: list[NDArray[np.integer]] = []
+        count = 0
+        inside = {g.name for g, rows, _ in self._groups if rows.size == g.neurons}
+        parts = {part.bundle.name for _, _, parts in stage.offsets for part in parts}
+        walked = {name for name, bundle in stage.bundles.items() if bundle.target in inside} - parts
+        for g, rows, local in self._groups:
+            if g.name in inside and g.name not in network.outputs:
+                if all(bundle.name in walked for bundle in network.leaving(g.name)):
+                    places.put(self._slot, g.name, local, rows)
+                    continue
+            order = np.argsort(local)
+            read.append(rows[order])
+            places.put(self._read_slot, g.name, local[order], count + np.arange(rows.size))
+            count += rows.size
+        whole = next((g.name for g, rows, _ in self._groups if count == rows.size == g.neurons), None)
+        if whole is not None and len(read) == 1:
+            places.put(self._read_slot, whole, None, None)
+        tensors = network.tensors()
+        parts = walk_kernel.parts_of(self.plan, [tensors[name].numel() for name in self._weights])
+        return walk_kernel.Rows(np.concatenate(read) if read else np.empty(0, np.int32), parts)
+
     def run(self, run: Run) -> None:
         x = _side_by_side(self._inputs, run)
-        w = _joined([run.tensors[name].reshape(-1) for name in self._weights], x)
-        b = _joined([run.tensors[name] for name in self._biases], x) if self._biases else None
-        run.slots[self._slot] = self._walk(self.plan, x, w, b, self._offset(run, x))
+        tensors = run.tensors
+        w = [tensors[name] for name in self._weights]
+        b = [tensors[name] for name in self._biases] if self._biases else None
+        offset = self._offset(run, x) if self._offsets or run.shifts else None
+        if self._walk is walk_kernel.walk and not run.record:
+            run.slots[self._read_slot] = walk_kernel.walk_rows(self.plan, self._read, x, w, b, offset)
+            return
+        values = self._walk(self.plan, x, w, b, offset)
+        run.slots[self._slot] = values
+        run.slots[self._read_slot] = values.index_select(0, self._read_index).t()
 
     def _offset(self, run: Run, like: Tensor) -> Tensor | None:
         offset: Tensor | None = None
@@ -218,62 +250,57 @@ class WalkStep:
 class _Edges:
     """The edges of a walk, sorted by row: what `plan` takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         self.inputs = 0
         self.fetches: list[Fetch] = []
         self.bundles: list[Bundle] = []
-        self.pointer = np.zeros(1, np.int64)
+        self.pointer = np.zeros(rows + 1, np.int32)
         self.column = self.weight = np.empty(0, np.int32)
 
 
 def _edges(network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArray[np.int32]], places: Places) -> _Edges:
     """Every edge of these bundles into the rows of a walk. Value rows: inputs from outside first, then the rows."""
-    out = _Edges()
-    rows_total = max(int(rows.max(initial=-1)) for rows in row_of.values()) + 1
-    rows, sources, weights, owners = [], [], [], []
-    first_weight = 0
+    out = _Edges(max(int(rows.max(initial=-1)) for rows in row_of.values()) + 1)
+    used: dict[str, NDArray[np.bool_]] = {}
+    kept: list[tuple[Bundle, tuple[NDArray[np.int32], ...]]] = []
     for bundle in bundles:
-        s, t, w = bundle.pattern.all_edges(*network.shapes(bundle))
-        row = row_of[bundle.target][t]
-        if row.size and row.min() < 0:
-            keep = np.flatnonzero(row >= 0)
-            if keep.size == 0:
-                continue
-            s, w, row = s[keep], w[keep], row[keep]
-        rows.append(row)
-        sources.append(s)
-        weights.append(w + first_weight if first_weight else w)
-        owners.append(bundle.source)
-        out.bundles.append(bundle)
-        first_weight += bundle.weight.numel()
-    columns_of: dict[str, NDArray[np.int64]] = {}
-    for name in dict.fromkeys(owners):
-        neurons = network.groups[name].neurons
-        inner = row_of.get(name)
-        used = np.zeros(neurons, bool)
-        for s, owner in zip(sources, owners, strict=True):
-            if owner == name:
-                used[s] = True
-        outside = np.flatnonzero(used if inner is None else used & (inner < 0))
-        place = np.full(neurons, -1, np.int64)
+        edges = tuple(np.ascontiguousarray(a, np.int32) for a in bundle.pattern.all_edges(*network.shapes(bundle)))
+        marks = used.get(bundle.source)
+        if marks is None:
+            marks = np.zeros(network.groups[bundle.source].neurons, np.bool_)
+        if graph.count_edges(edges[0], edges[1], row_of[bundle.target], out.pointer, marks):
+            used[bundle.source] = marks
+            kept.append((bundle, edges))
+    columns_of: dict[str, NDArray[np.int32]] = {}
+    for name, marks in used.items():
+        neurons, inner = marks.size, row_of.get(name)
+        outside = np.flatnonzero(marks if inner is None else marks & (inner < 0))
+        place = np.full(neurons, -1, np.int32)
         if outside.size:
             if inner is None and 2 * outside.size >= neurons:
                 outside = np.arange(neurons)  # most are read: take the group as it lies
             out.fetches.append(places.fetch(name, None if outside.size == neurons else outside))
-            place[outside] = out.inputs + np.arange(outside.size)
+            place[outside] = np.arange(out.inputs, out.inputs + outside.size)
             out.inputs += outside.size
         columns_of[name] = place
     for name, place in columns_of.items():
         inner = row_of.get(name)
         if inner is not None:
             place[inner >= 0] = inner[inner >= 0] + out.inputs
-    column = [columns_of[owner][s] for owner, s in zip(owners, sources, strict=True)]
-    row = np.concatenate(rows) if rows else np.empty(0, np.int32)
-    out.pointer, order = graph.compressed_rows(row, rows_total)
-    if column:
-        out.column = np.concatenate(column)[order].astype(np.int32)
-        out.weight = np.concatenate(weights)[order].astype(np.int32)
+    np.cumsum(out.pointer, out=out.pointer)
+    out.column, out.weight = (np.empty(out.pointer[-1], np.int32) for _ in range(2))
+    where, first_weight = out.pointer[:-1].copy(), 0
+    for bundle, (s, t, w) in kept:
+        row, place = row_of[bundle.target], columns_of[bundle.source]
+        graph.fill_edges(s, t, w, row, place, first_weight, where, out.column, out.weight)
+        first_weight += bundle.weight.numel()
+        out.bundles.append(bundle)
     return out
+
+
+def _route(walk) -> str:  # type: ignore[no-untyped-def]
+    """How masked matrices are multiplied beside this walk: what was asked for in plain torch stays there."""
+    return "auto" if walk is walk_kernel.walk else "dense"
 
 
 def _bias_index(groups: Sequence[Group], owner: NDArray[np.int32], local: NDArray[np.integer]) -> NDArray[np.int32]:
@@ -298,23 +325,17 @@ def _walked(network: Network, group: Group, part: Part, places: Places, walk):  
 
     def walked(run: Run) -> Tensor:
         x = _side_by_side(edges.fetches, run)
-        return walk(plan, x, _joined([run.tensors[name].reshape(-1) for name in names], x), None, None).t()
+        return walk(plan, x, [run.tensors[name] for name in names], None, None).t()
 
     return walked, "walk"
 
 
 def _side_by_side(fetches: Sequence[Fetch], run: Run) -> Tensor:
-    """The value rows a walk reads, [n, B] contiguous."""
+    """The value rows a walk reads, [n, B], lying anyhow."""
     if len(fetches) == 1:
-        return fetches[0].flat(run).t().contiguous()
+        return fetches[0].flat(run).t()
     if not fetches:
         like = run.slots[0]
         assert like is not None
         return like.new_zeros(0, run.batch)
     return torch.cat([fetch.flat(run).t() for fetch in fetches])
-
-
-def _joined(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
-    return torch.cat(list(tensors)) if tensors else like.new_zeros(0)

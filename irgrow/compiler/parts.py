@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,17 +17,18 @@ from irgrow.compiler.program import Places, Run
 from irgrow.compiler.schedule import Part
 from irgrow.ir.network import Network
 from irgrow.ir.pattern import Conv2d, Dense, Identity, Local2d, Pool2d, Sparse, size
+from irgrow.kernels.masked_matmul import mask, masked_matmul
 
 Add = Callable[[Run], Tensor]
 
 
-def part_function(network: Network, part: Part, places: Places) -> tuple[Add, str]:
-    """The part as a function, and its name."""
+def part_function(network: Network, part: Part, places: Places, route: str) -> tuple[Add, str]:
+    """The part as a function, and its name. `route`: how masked parts are multiplied, see masked_matmul."""
     bundle = part.bundle
     pattern, name = bundle.pattern, bundle.tensor
     source, target = network.shapes(bundle)
     if isinstance(pattern, Sparse):
-        return _masked(part, places, source, target), "masked dense"
+        return _masked(part, places, source, target, route), "masked dense"
     fetch = places.fetch(bundle.source)
     if isinstance(pattern, Dense):
         rows = None if part.rows is None else places.tensor(part.rows)
@@ -108,27 +110,28 @@ def _halved(pattern: Pool2d) -> bool:
     return all(2 * pattern.padding[a] <= pattern.kernel[a] for a in (0, 1))
 
 
-def _masked(part: Part, places: Places, source: tuple[int, ...], target: tuple[int, ...]) -> Add:
-    """Sparse edges as a dense matrix: the weights are scattered into it, so gradients reach only them."""
+def _masked(part: Part, places: Places, source: tuple[int, ...], target: tuple[int, ...], route: str) -> Add:
+    """Sparse edges as a matrix of which some entries exist; gradients reach only them.
+
+    With route "auto" every batch size is multiplied the way that takes least time for it.
+    """
     pattern, name = part.bundle.pattern, part.bundle.tensor
     assert isinstance(pattern, Sparse)
     fetch = places.fetch(part.bundle.source, part.columns)
     edges = slice(None) if part.edges is None else part.edges
-    s, t, w = places.tensor(pattern.source[edges]), places.tensor(pattern.target[edges]), pattern.index[edges]
+    s, t = np.asarray(pattern.source[edges], np.int64), np.asarray(pattern.target[edges], np.int64)
     if part.columns is not None:
-        s = torch.searchsorted(places.tensor(part.columns), s)
+        s = np.searchsorted(part.columns, s)
     if part.rows is not None:
-        t = torch.searchsorted(places.tensor(part.rows), t)
+        t = np.searchsorted(part.rows, t)
     rows = size(target) if part.rows is None else part.rows.size
     columns = size(source) if part.columns is None else part.columns.size
-    index = t * columns + s
-    picked = None if part.edges is None and pattern.weight_index is None else places.tensor(w)
+    picked = None if part.edges is None and pattern.weight_index is None else pattern.index[edges]
+    index = None if picked is None else torch.from_numpy(np.asarray(picked, np.int64))
+    entries = mask(rows, columns, torch.from_numpy(t), torch.from_numpy(s), index)
 
     def masked(run: Run) -> Tensor:
-        weight = run.tensors[name]
-        values = weight if picked is None else weight.index_select(0, picked)
-        matrix = values.new_zeros(rows * columns).scatter(0, index, values).reshape(rows, columns)
-        return F.linear(fetch.flat(run), matrix)
+        return masked_matmul(entries, fetch.flat(run).t(), run.tensors[name], route=route).t()
 
     return masked
 

@@ -20,7 +20,8 @@ class Run:
     """One pass through a program: what every step may read and write.
 
     `slots[k]` is a step's result: a block `[B, ...]`, or the rows of a walk `[rows, B]` (see `Fetch`).
-    `shifts[g]` `[B, *shape]` is added to the pre-activations of group g.
+    `shifts[g]` `[B, *shape]` is added to the pre-activations of group g. `record`: every group's values are kept,
+    also those that no other step reads.
     """
 
     tensors: Mapping[str, Tensor]
@@ -28,6 +29,7 @@ class Run:
     batch: int
     train: bool = False
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    record: bool = False
 
 
 class Step(Protocol):
@@ -78,7 +80,8 @@ class Fetch:
     def shaped(self, run: Run) -> Tensor:
         """[B, *shape] (of a whole group)"""
         assert self.shape is not None
-        return self.flat(run).reshape(run.batch, *self.shape)
+        value = self.flat(run)
+        return value if len(self.shape) == 1 else value.reshape(run.batch, *self.shape)
 
 
 class Places:
@@ -159,7 +162,7 @@ class Program:
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """The outputs `[B, *shape]`, and the activations `[B, *shape]` of the groups named in `values`."""
         batch = inputs[0].shape[0]
-        run = Run(tensors, [*inputs, *[None] * (self.slots - len(inputs))], batch, train, shifts or {})
+        run = Run(tensors, [*inputs, *[None] * (self.slots - len(inputs))], batch, train, shifts or {}, bool(values))
         for step in self.steps:
             step.run(run)
         recorded = {name: self.places.fetch(name).shaped(run) for name in values}

@@ -61,13 +61,18 @@ class Morphism:
     def tensors(self, current: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
         """The new tensors for the *current* old ones: gather(current) + scale * (after - gather(before)).
 
-        `scale` multiplies what is trained; fixed weights and running statistics are no amplitude.
+        `scale` multiplies what is trained; fixed weights and running statistics are no amplitude. Where the
+        current tensors still lie in the memory of the old ones nothing has changed: the new ones are copied.
         """
         old, found = self.before.tensors(), {}
         trained = set(self.after.trainable()) if scale != 1.0 else set()
         for name, after in self.after.tensors().items():
             if self.lineage.unchanged(name) and after is old.get(name):
                 found[name] = current[name]
+                continue
+            sources = {g.source for g in self.lineage.gathers.get(name, ())}
+            if scale == 1.0 and all(current[source].is_set_to(old[source]) for source in sources):
+                found[name] = after.detach().clone()
                 continue
             gathered = self.lineage.gather(current, name, after).to(after.dtype)
             fresh = after.to(gathered.device) - self.lineage.gather(old, name, after).to(gathered)

@@ -59,13 +59,17 @@ def carried_state(
     for key, moment in zip(moments, carried, strict=True):
         if key in SECOND and known is not None:
             mask = known.to(moment.device)
-            moment = torch.where(mask, moment, _start(key, moment[mask], options))
+            moment = torch.where(mask, moment, _start(key, moment, options, int(mask.sum())))
         out[key] = moment
     return out
 
 
-def _start(key: str, carried: Tensor, options: Mapping[str, Any]) -> float:
-    """Where the second moment of a fresh entry starts: Adagrad's own initial value, else the carried ones' mean."""
+def _start(key: str, carried: Tensor, options: Mapping[str, Any], count: int | None = None) -> float:
+    """Where the second moment of a fresh entry starts: Adagrad's own initial value, else the carried ones' mean.
+
+    `carried` holds 0 in all but `count` entries (None: all of them were carried).
+    """
     if key == "sum":
         return float(options.get("initial_accumulator_value", 0.0))
-    return carried.mean().item() if carried.numel() else 0.0
+    count = carried.numel() if count is None else count
+    return carried.sum().item() / count if count else 0.0

@@ -111,7 +111,7 @@ def grown(insertions: int) -> Network:
 
 def masked() -> Network:
     """Insertions into a dense network: matrices with a mask, and offsets of a walk."""
-    network = ig.mlp([40, 60, 50, 5], seed=0, activation="tanh", dtype=torch.float64)
+    network = ig.mlp([40, 90, 50, 5], seed=0, activation="tanh", dtype=torch.float64)
     for seed in range(5):
         network = ig.InsertNeuron(3, seed=seed, activation="tanh")(network).after
     return network
@@ -184,7 +184,7 @@ def test_hessian_vector_products_of_masked_matrices_and_offsets() -> None:
 
 @given(st.integers(0, 10_000))
 def test_masked_matrices_match(seed: int) -> None:
-    network = ig.mlp([50, 60, 5], seed=seed, dtype=torch.float64)
+    network = ig.mlp([50, 90, 5], seed=seed, dtype=torch.float64)
     for k in range(4):
         network = ig.InsertNeuron(3, seed=seed + k)(network).after
     value, gradient = compare(network, torch.float64)

@@ -18,7 +18,7 @@ from torch import Tensor
 from irgrow.kernels import walk as walk_module
 from irgrow.kernels import walk_plan
 from irgrow.kernels.activations import ACTIVATIONS
-from irgrow.kernels.walk import MAX, SUM, WalkPlan, cost, plan, walk, walk_reference
+from irgrow.kernels.walk import MAX, SUM, Rows, WalkPlan, cost, parts_of, plan, walk, walk_reference, walk_rows
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}  # of max|a - b| / max|b|
 BATCHES = (1, 2, 3, 17, 33, 64, 100, 257)  # around the widths of the compiled tiles, for both dtypes
@@ -282,6 +282,147 @@ def test_a_tied_weight_has_the_sum_of_the_gradients() -> None:
     order = torch.from_numpy(loose.weight).long()
     expected = torch.zeros_like(found).index_add(0, torch.from_numpy(index).long(), single[order])
     assert apart(found, expected) < 1e-12
+
+
+# --- some rows, and weights in parts --------------------------------------------------------------------------
+
+
+def some_rows(p: WalkPlan, seed: int) -> Rows:
+    """About a third of them, in any order."""
+    r = np.random.default_rng(seed)
+    return Rows(r.permutation(p.neurons)[: 1 + p.neurons // 3])
+
+
+def in_parts(tensor: Tensor | None) -> list[Tensor]:
+    """A vector as a matrix of one column, an empty piece, and the rest."""
+    assert tensor is not None
+    cut = len(tensor) // 2
+    return [tensor[:cut, None], tensor[cut:cut], tensor[cut:]]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from(BATCHES), st.booleans(), st.booleans())
+@example(0, 1, 1, False, False)
+@example(3, 40, 257, True, True)
+def test_rows_are_rows_of_the_walk(seed: int, neurons: int, batch: int, tied: bool, offset: bool) -> None:
+    p = region(seed, neurons, tied=tied)
+    tensors, rows = operands(p, batch, torch.float64, seed, offset), some_rows(p, seed)
+
+    def fast(p: WalkPlan, x: Tensor, w: Tensor, b: Tensor, o: Tensor | None = None) -> Tensor:
+        return walk_rows(p, rows, x, in_parts(w), in_parts(b), o)
+
+    def slow(p: WalkPlan, *operands: Tensor) -> Tensor:
+        return walk_reference(p, *operands)[rows.tensor].t()
+
+    found, expected = values_and_gradients(fast, p, tensors), values_and_gradients(slow, p, tensors)
+    assert max(apart(f, e) for f, e in zip(found, expected, strict=True)) < 1e-12
+    with torch.no_grad():
+        for _ in range(2):  # the second time in memory that holds the values of the first
+            y = fast(p, *tensors)  # type: ignore[arg-type]
+            assert y.is_contiguous() and apart(y, expected[0]) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 17, 130])
+def test_rows_on_fresh_memory_threads_and_any_gradient(
+    dtype: torch.dtype, batch: int, nan_filled_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = region(14, 40, codes=SMOOTH, maxima=0.3 if dtype == torch.float64 else 0.0)
+    tensors, rows = operands(p, batch, dtype), some_rows(p, 2)
+    slow = values_and_gradients(lambda p, *o: walk_reference(p, *o)[rows.tensor].t(), p, doubled(tensors))
+    monkeypatch.setattr(walk_module, "_WORK_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for walk_once in (lambda p, *o: walk_rows(p, rows, *o), lambda p, *o: walk_rows(p, rows, *o).t().contiguous().t()):
+        fast = values_and_gradients(walk_once, p, tensors)
+        pairs = [(fast[0], slow[0]), *((torch.cat([g.flatten() for g in t[1:]]) for t in (fast, slow)),)]
+        assert max(apart(f, e) for f, e in pairs) <= TOLERANCE[dtype]
+    x, w, b, o = tensors
+    expanded = torch.autograd.grad(walk_rows(p, rows, x, w, b, o).sum(), w)  # type: ignore[arg-type]
+    whole = torch.autograd.grad(walk_reference(p, x, w, b, o)[rows.tensor].sum(), w)  # type: ignore[arg-type]
+    assert apart(expanded[0], whole[0]) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("needs", [n for n in product([False, True], repeat=4) if any(n)])
+def test_rows_give_only_the_gradients_that_are_needed(needs: tuple[bool, ...]) -> None:
+    p = region(9, 25)
+    rows = some_rows(p, 1)
+    tensors = [t.detach().requires_grad_(n) for t, n in zip(operands(p, 18, torch.float64), needs, strict=True)]  # type: ignore[union-attr]
+    leaves = [t for t in tensors if t.requires_grad]
+    found = torch.autograd.grad(walk_rows(p, rows, *tensors).square().sum(), leaves, create_graph=False)
+    expected = torch.autograd.grad(walk_reference(p, *tensors)[rows.tensor].square().sum(), leaves)
+    assert max(apart(f, e) for f, e in zip(found, expected, strict=True)) < 1e-12
+
+
+def test_second_derivatives_of_rows_with_weights_in_parts() -> None:
+    p = region(6, 10, 3, 4, codes=SMOOTH, maxima=0.0)
+    rows, tensors = some_rows(p, 0), operands(p, 4, torch.float64)
+
+    def second(function: Any) -> list[Tensor]:
+        x, w, b, o = (t.detach().requires_grad_() for t in tensors)  # type: ignore[union-attr]
+        (g,) = torch.autograd.grad(function(x, w, b, o).pow(3).sum(), w, create_graph=True)
+        return list(torch.autograd.grad(g.square().sum(), (x, w, b, o)))
+
+    found = second(lambda x, w, b, o: walk_rows(p, rows, x, in_parts(w), in_parts(b), o))
+    expected = second(lambda x, w, b, o: walk_reference(p, x, w, b, o)[rows.tensor].t())
+    assert max(apart(f, e) for f, e in zip(found, expected, strict=True)) < 1e-11
+
+
+def test_rows_under_functorch_and_compiled() -> None:
+    p = region(8, 12, 3, 4, codes=SMOOTH, maxima=0.2)
+    rows = some_rows(p, 0)
+    x, w, b, _ = (None if t is None else t.detach() for t in operands(p, 5, torch.float64))
+
+    def picked(w: Tensor) -> Tensor:
+        return walk_rows(p, rows, x, in_parts(w), in_parts(b)).square().sum()  # type: ignore[arg-type]
+
+    assert w is not None
+    plain = w.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(picked(plain), plain)
+    assert apart(torch.func.grad(picked)(w), expected) < 1e-12
+    compiled = torch.compile(picked, backend="eager", fullgraph=True)
+    assert abs(float(compiled(w) - picked(w))) < 1e-12
+
+
+def test_weights_are_read_where_they_are_if_every_row_needs_one_part_only() -> None:
+    """Two layers of two, each with its own weights; a third that mixes them has them put together."""
+    layers = plan(2, [0, 2, 4, 6, 8], [0, 1, 0, 1, 2, 3, 2, 3], weight=[0, 1, 2, 3, 4, 5, 7, 6], code=CODE["tanh"])
+    parts = parts_of(layers, [4, 4])
+    assert parts is not None and parts[0] == [4, 4] and parts[1].tolist() == [0, 0, 1, 1]
+    assert parts_of(layers, [3, 5]) is None and parts_of(layers, [8]) is None and parts_of(layers, [4, 3]) is None
+    rows = Rows(np.array([3, 0]), parts)
+    x, w = torch.randn(2, 70), torch.randn(8)
+    expected = walk_reference(layers, x, w)[rows.tensor].t()
+    for pieces in ([w[:4], w[4:]], [w[:3], w[3:]], [w], [w[:4].clone(), w.flip(0)[:4].flip(0)]):
+        assert apart(walk_rows(layers, rows, x, pieces), expected) < 1e-6
+        assert apart(walk_rows(layers, rows, x[:, :1], pieces), expected[:1]) < 1e-6
+    again = copy.deepcopy(rows)
+    assert again.address != rows.address and again.part_of_address != rows.part_of_address
+    assert apart(walk_rows(layers, again, x, [w[:4], w[4:]]), expected) < 1e-6
+
+
+def test_memory_that_serves_again_is_bounded_and_never_shared() -> None:
+    p = region(2, 30)
+    rows, tensors = some_rows(p, 0), [t.detach() for t in operands(p, 40, torch.float32)]  # type: ignore[union-attr]
+    first = walk_rows(p, rows, *tensors)
+    kept = first.clone()
+    second = walk_rows(p, rows, 2 * tensors[0], *tensors[1:])
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+    assert len(p.spare) == 1
+    walk_rows(p, rows, *(t.double() for t in tensors))
+    walk_rows(p, rows, *tensors)
+    assert len(p.spare) == 1 and sum(t.numel() * t.element_size() for t in p.spare) <= walk_module._SPARE_BYTES
+
+
+def test_rows_that_do_not_fit_are_refused() -> None:
+    p = region(2, 30)
+    x, w, b, _ = operands(p, 2, torch.float64)
+    for wrong in ([1, 1], [-1, 2]):
+        with pytest.raises(ValueError, match="rows must be different numbers from 0 on"):
+            Rows(np.array(wrong))
+    with pytest.raises(ValueError, match="walk: rows must be below 30, found 30"):
+        walk_rows(p, Rows(np.array([30])), x, w, b)  # type: ignore[arg-type]
+    assert walk_rows(p, Rows(np.empty(0, np.int64)), x, w, b).shape == (2, 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weights must be \[\d+\] or longer, found \[1\]"):
+        walk(p, x, [w[:1]], b)  # type: ignore[arg-type,index]
 
 
 # --- what must not leak ---------------------------------------------------------------------------------------
