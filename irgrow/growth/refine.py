@@ -126,9 +126,9 @@ class Trial:
 
     @property
     def silent(self) -> bool:
-        """Whether nothing of the new units reaches the targets yet."""
+        """Whether the new units are judged by what they will learn: (almost) nothing reaches the targets yet."""
         p = self.proposal
-        return not bool(p.omega.any()) or float(p.alpha.abs().max()) < DEAD
+        return p.gain_unit == "gradient" or not bool(p.omega.any()) or float(p.alpha.abs().max()) < DEAD
 
     @property
     def homogeneous(self) -> bool:
