@@ -49,7 +49,9 @@ _HOME = {
     "irgrow.runtime.model": ("CompiledNetwork", "compile"),
     "irgrow.growth.probe": ("probe", "Gathering"),
     "irgrow.growth.refine": ("refine",),
-    "irgrow.growth.fit": ("fit", "Growth", "History"),
+    "irgrow.growth.fit": ("fit", "History"),
+    "irgrow.growth.measure": ("Growth",),
+    "irgrow.growth.between": ("Between",),
     "irgrow.growth.methods": (
         "Method",
         "NeedsModel",

@@ -98,5 +98,5 @@ class FullRank:
         if self.times is not None and moment.growths >= self.times:
             return False
         network = moment.candidates.network
-        found = self.ranks(network, moment.candidates.sites)
+        found = self.ranks(network, [name for name in moment.candidates.sites if name in network.groups])
         return any(rank >= self.share * network.groups[name].units for name, rank in found.items())

@@ -193,6 +193,8 @@ class Trial:
         self.set(inward, outward)
         names = list(dict.fromkeys([*self.where["in"], *self.where["out"]]))
         held = self.model.tensors()
+        for name in names:
+            held[name].requires_grad_()  # also of frozen bundles: what a new weight brings does not need training
         with torch.enable_grad():
             value = self._criterion(self.model(*self.inputs), self.targets)
             found = torch.autograd.grad(value, [held[n] for n in names], allow_unused=True)
@@ -206,8 +208,9 @@ class Trial:
         return total[1:]
 
     def squared(self, sign: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared gradient of each unit's weights `[units]` with these signs, and the gradients."""
-        gradients = self.gradients(sign, sign)
+        """The squared gradient of each unit's trained weights `[units]` with these signs, and the gradients."""
+        trained = set(self.model.structure.trainable())
+        gradients = {name: g for name, g in self.gradients(sign, sign).items() if name in trained}
         return self.per_unit({n: g.square() for n, g in gradients.items()}), gradients
 
     def gain(self, sign: Tensor) -> Tensor:

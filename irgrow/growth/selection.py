@@ -68,6 +68,11 @@ class Selection:
     def kept(self) -> tuple[Candidate, ...]:
         return tuple(c for c in self.candidates if c.kept)
 
+    @property
+    def site(self) -> str:
+        """The sites that grow (for a layer: the group behind which it begins), joined by commas."""
+        return ", ".join(dict.fromkeys(c.site for c in self.kept))
+
     def __call__(self, network: Network) -> Morphism:
         """The growth, as a morphism of the network it was made for."""
         return self.passes(network)
