@@ -51,7 +51,7 @@ def effective_ranks(
         for name in names:
             value = values[name].double()
             if not bool(torch.isfinite(value).all()):
-                raise BadData(f"effective_ranks: activations of {name!r}", "NaN or infinity", "finite values")
+                raise BadData(f"effective_ranks: group {name!r}: activations", "NaN or infinity", "finite values")
             rows = value.reshape(value.shape[0], value.shape[1], -1).mT.reshape(-1, value.shape[1])
             total = sums.setdefault(name, rows.new_zeros(rows.shape[1], rows.shape[1]))
             accumulate_gram(total, rows)

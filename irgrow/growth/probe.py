@@ -225,7 +225,7 @@ class Gathering:
                     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise BadData("probe: loss", f"shape {shape}", f"one number, the {self.reduction} over samples")
                 if not bool(torch.isfinite(value)):
-                    raise BadData(*_culprit(self.network, inputs, values), do="check the data and the weights")
+                    raise bad_loss("", model, inputs)
                 found = torch.autograd.grad(value, list(shifts.values()), allow_unused=True)
                 gradients = {
                     name: torch.zeros_like(shift) if g is None else g
@@ -375,10 +375,22 @@ def _finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value.detach().sum())) or bool(torch.isfinite(value.detach()).all())
 
 
-def _culprit(network: Network, inputs: tuple[Tensor, ...], values: Mapping[str, Tensor]) -> tuple[str, str, str]:
-    """The first group with a value that is not finite, as an error's words."""
-    given = dict(zip(network.inputs, inputs, strict=False)) | dict(values)
-    for name in network.groups:
-        if name in given and not _finite(given[name]):
-            return f"group {name!r}: activations", "NaN or infinity", "finite values"
-    return "probe: loss", "NaN or infinity", "a finite value"
+def bad_loss(who: str, model: Recordable, inputs: tuple[Tensor, ...]) -> BadData:
+    """The error for a loss that is not finite: it names the first group whose activations are not, if there is one."""
+    network, prefix = model.structure, f"{who}: " if who else ""
+    with evaluating(model), torch.no_grad():
+        values = model.record(*inputs, values=tuple(network.groups))[1]
+    for name in (name for names, _ in network.components for name in names):
+        if not _finite(values[name]):
+            found = f"{prefix}group {name!r}: activations"
+            return BadData(found, "NaN or infinity", "finite values", do="check the data and the weights")
+    return BadData(f"{who or 'probe'}: loss", "NaN or infinity", "a finite value", do="check the targets and the loss")
+
+
+def require_finite(who: str, network: Network, inputs: tuple[Tensor, ...]) -> None:
+    """BadData, naming the input group, for NaN or infinity in a batch."""
+    for name, x in zip(network.inputs, inputs, strict=False):
+        if not _finite(x):
+            raise BadData(
+                f"{who}: group {name!r}: activations", "NaN or infinity", "finite values", do="check the data"
+            )

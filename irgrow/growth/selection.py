@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from irgrow.growth.data import Data, Loss, batches
-from irgrow.growth.probe import evaluating
+from irgrow.growth.probe import evaluating, require_finite
 from irgrow.ir.errors import BadData
 from irgrow.ir.morphism import Morphism
 from irgrow.ir.network import Network
@@ -108,11 +108,12 @@ Held = list[tuple[tuple[Tensor, ...], Tensor]]
 
 
 def held_batches(model: CompiledNetwork, data: Data, size: int, most: int | None, who: str) -> Held:
-    """The batches of the data on the model's device, at most so many; BadData for no samples."""
+    """The batches of the data on the model's device, at most so many; BadData for no samples, NaN or infinity."""
     device = next(iter(model.tensors().values())).device
     found = []
     for inputs, targets in islice(batches(data, size, who), most):
         if inputs[0].shape[0]:
+            require_finite(who, model.structure, inputs)
             found.append((tuple(x.to(device) for x in inputs), targets.to(device)))
     if not found:
         raise BadData(f"{who}: data", "no samples", "at least one")

@@ -140,7 +140,7 @@ def test_refusals_and_purity() -> None:
         ig.North(1).propose(s)
     with pytest.raises(BadData, match="North: site 'hidden1': found no data"):
         ig.North(1).propose_with(s, model)
-    with pytest.raises(BadData, match="activations of 'input': found NaN"):
+    with pytest.raises(BadData, match="group 'input': activations: found NaN"):
         ig.North(1).propose_with(s, model, (data[0] * torch.nan, data[1]))
     assert model.training and all(torch.equal(before[n], t) for n, t in model.tensors().items())
     with pytest.raises(StaleMorphism, match="North: site 'hidden1'"):
