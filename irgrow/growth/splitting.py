@@ -236,17 +236,17 @@ def _usable(who: str, network: Network, sites: Iterable[str] | None) -> tuple[li
         for name in names:
             _entrance(who, network, name)
         return names, ()
-    names, notes = [], []
+    names, left = [], list[Refused]()
     for site in Site.all(network):
         try:
             _entrance(who, network, site.name)
         except Refused as refused:
-            notes.append(f"left out: {refused}")
+            left.append(refused)
             continue
         names.append(site.name)
     if not names:
-        raise Refused(who, notes[0].removeprefix("left out: ") if notes else "no site", "a site that can split")
-    return names, tuple(notes)
+        raise left[0] if left else Refused(who, "no site", "a site that can split")
+    return names, tuple(f"left out: {refused}" for refused in left)
 
 
 def _entrance(who: str, network: Network, name: str) -> Entrance:
