@@ -66,6 +66,8 @@ _HOME = {
     "irgrow.growth.optimised": ("GradMaxOpt", "InverseGradMax", "FireflyOpt"),
     "irgrow.growth.firefly": ("Firefly",),
     "irgrow.growth.splitting": ("SplittingDescent",),
+    "irgrow.growth.new_edges": ("NewEdges",),
+    "irgrow.growth.linear_map": ("LinearMap",),
     "irgrow.growth.selection": ("Selection", "Selects", "Candidate"),
     "irgrow.growth.continual": ("Continual",),
     "irgrow.growth.effective_rank": ("FullRank", "effective_rank", "effective_ranks"),

@@ -239,6 +239,10 @@ class NewUnits:
         self._batches = cycled(self.data, batch_size, self.who, network)
         self.first = next(self._batches)
 
+    def next_batch(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The next batch of the data, over and over; the first one is `first`."""
+        return next(self._batches)
+
     def _made(self, network: Network, values: Mapping[str, Tensor]) -> Proposal:
         fan_in = {n[3:]: v for n, v in values.items() if n.startswith("in.")}
         fan_out = {n[4:]: v for n, v in values.items() if n.startswith("out.")}
@@ -284,7 +288,7 @@ class NewUnits:
 
         with torch.enable_grad():
             for step in range(steps):
-                batch = self.first if step == 0 else next(self._batches)
+                batch = self.first if step == 0 else self.next_batch()
                 gradients = torch.autograd.grad(objective(sized(), batch), list(free.values()), allow_unused=True)
                 for value, gradient in zip(free.values(), gradients, strict=True):
                     if gradient is not None and not bool(torch.isfinite(gradient).all()):

@@ -29,10 +29,10 @@ from irgrow.runtime.model import CompiledNetwork
 class Candidate:
     """One thing that could grow.
 
-    kind `split` (the unit's serial is `unit`), `unit` (new unit number `unit` of the site) or `layer` (unit
-    number `unit` of a new layer behind group `site`). `score`: s, the mean gradient of the loss along the
-    switch (a split's eigenvalue in splitting descent); `eps`: where its switch stands; `gain`: the predicted
-    fall of the loss; `kept`: whether it was chosen.
+    kind `split` (the unit's serial is `unit`), `unit` (new unit number `unit` of the site), `layer` (unit number
+    `unit` of a new layer behind group `site`) or `edge` (into neuron `unit`). `score`: s, the mean gradient of
+    the loss along the switch (a split's eigenvalue in splitting descent, an edge's gradient); `eps`: where its
+    switch stands; `gain`: the predicted fall of the loss; `kept`: whether it was chosen.
     """
 
     kind: str
@@ -83,7 +83,9 @@ class Selection:
 
     def __repr__(self) -> str:
         kinds = [
-            f"{n} {kind}{'s' if n != 1 else ''}" for kind in ("split", "unit", "layer") if (n := self._count(kind))
+            f"{n} {kind}{'s' if n != 1 else ''}"
+            for kind in ("split", "unit", "layer", "edge")
+            if (n := self._count(kind))
         ]
         notes = [f"({note})" for note in self.notes]
         gains = f"predicted gain {self.predicted_gain:.3g}, measured gain {self.measured_gain:.3g}"

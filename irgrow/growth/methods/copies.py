@@ -37,8 +37,8 @@ class Copies(Bindable):
     line search would change copies that are exact.
 
     `SplitUnit` is the same as a pass, unit by unit, also through depthwise convolutions.
-    Refused: concatenations, depthwise convolutions, norms or biases along the site that a new unit would not have, bundles
-    from the site into itself, shared sparse weights (with "share").
+    Refused: concatenations, depthwise convolutions, norms or biases along the site that a new unit would not
+    have, bundles from the site into itself, shared sparse weights (with "share").
     Source: Net2WiderNet, arXiv:1511.05641, section 2.2 (random units, noise).
     """
 
