@@ -79,6 +79,7 @@ class Between:
         *,
         reduction: str = "mean",
         want: Iterable[str] = ("S", "M_prev", "N"),
+        taps: str = "full",
         mode: str = "eval",
         batch_size: int = 1024,
     ) -> Statistics:
@@ -91,7 +92,15 @@ class Between:
         fixed = Freeze(leaving.name)(network).after  # so that it is none of the weights that feed the child already
         seen = CompiledNetwork(fixed, backend=empty.backend, device=next(iter(empty.tensors().values())).device)
         found = probe(
-            seen, data, loss, sites=[self.name], reduction=reduction, want=want, mode=mode, batch_size=batch_size
+            seen,
+            data,
+            loss,
+            sites=[self.name],
+            reduction=reduction,
+            want=want,
+            taps=taps,
+            mode=mode,
+            batch_size=batch_size,
         )
         return replace(found[self.name], structure=network.structure, fan_out_norm=self._norm(network))
 

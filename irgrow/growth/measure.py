@@ -40,8 +40,9 @@ class Growth:
     sites       which sites may grow, by name, or new layers as `Between(...)` (default: all that there are)
     share       how many units per growth: this share of the width that a site had when `fit` began, rounded, at
                 least one, instead of the method's `units` (for a method that chooses its places: of all widths)
-    refine      signs, amplitude and measured gain on a batch (see `refine`); `delta`, `lookahead`, `limit` go there.
-                What a method chose itself it has trained already: only its gain is measured on the batch
+    refine      signs, amplitude and measured gain on a batch (see `refine`); `signs`, `amplitude`, `delta`,
+                `lookahead`, `limit` go there. What a method chose itself it has trained already: only its gain is
+                measured on the batch
     samples     how many training samples the statistics are taken over, at most
     batch       how many others the proposal is refined on, at most (and at most a quarter of the data)
     """
@@ -52,6 +53,8 @@ class Growth:
     sites: tuple[str | Between, ...] | None = None
     share: float | None = None
     refine: bool = True
+    signs: bool = True
+    amplitude: bool = True
     delta: str = "separate"
     lookahead: float = 0.1
     limit: float = 1000.0
@@ -133,7 +136,7 @@ class Measuring:
             try:
                 if name in new:
                     place = self._places[name]
-                    found[name] = place.probe(place.within(self.model), seen, self.loss, **self._options(False))
+                    found[name] = place.probe(place.within(self.model), seen, self.loss, **self._options())
                 else:
                     Site.of(self.model.structure, name)
             except Refused as refused:
@@ -144,16 +147,16 @@ class Measuring:
             if not rest:
                 continue
             try:
-                found |= probe(self.model, seen, self.loss, sites=rest, **self._options(True))
+                found |= probe(self.model, seen, self.loss, sites=rest, **self._options())
             except Refused as refused:  # one site cannot be measured: measure them one by one
                 if len(rest) == 1:
                     found[rest[0]] = refused
         return {name: found[name] for name in sites}
 
-    def _options(self, taps: bool) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         how: Any = self.growth.how
-        options = {"want": how.needs, "reduction": self.reduction, "mode": getattr(how, "mode", "eval")}
-        return options | ({"taps": getattr(how, "taps", "full")} if taps else {})
+        given = {"taps": getattr(how, "taps", "full"), "mode": getattr(how, "mode", "eval")}
+        return {"want": how.needs, "reduction": self.reduction, **given}
 
     def _proposal(self, statistics: Statistics, model: CompiledNetwork, seen: Data, unseen: Batch | None) -> Proposal:
         growth, how = self.growth, self.growth.how
@@ -169,6 +172,8 @@ class Measuring:
                 model,
                 unseen,
                 self.loss,
+                signs=growth.signs,
+                amplitude=growth.amplitude,
                 delta=growth.delta,
                 lookahead=growth.lookahead,
                 limit=growth.limit,

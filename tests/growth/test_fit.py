@@ -364,3 +364,29 @@ def test_units_as_a_share_of_the_width_at_the_beginning() -> None:
 
     with pytest.raises(Refused, match="Growth: share: found Fixed, whose units are no field"):
         ig.Growth(how=Fixed(), share=0.5)
+
+
+def test_signs_and_amplitude_can_be_switched_off() -> None:
+    """Off, both: what grows is what was proposed; the gain is measured all the same."""
+    found = {}
+
+    @dataclass(frozen=True)
+    class Recording(ig.Tiny):
+        def propose(self, statistics):
+            found["proposed"] = super().propose(statistics)
+            return found["proposed"]
+
+    for options, same in (({"signs": False, "amplitude": False}, True), ({}, False)):
+        growth = ig.Growth(when=ig.Every(epochs=1), how=Recording(2), **options)
+        model, _, history = trained(growth, mlp("relu", (6, 2, 4)), epochs=2)
+        grown = next(iter(model.ledger.proposals.values()))
+        kept = bool(torch.equal(grown.alpha, found["proposed"].alpha))
+        assert kept == same and history.growths[0]["measured_gain"] is not None
+
+
+def test_batch_norm_in_train_mode() -> None:
+    network = ig.mlp([6, 3, 4], activation="relu", norm="batch", dtype=torch.float64)
+    growth = ig.Growth(when=ig.Every(epochs=1), how=ig.GradMax(2, mode="train", eps=1e-4))
+    model, _, history = trained(growth, network, epochs=4)
+    assert not history.notes and history.events[-1]["widths"] == {"hidden": 9}
+    assert history.train_loss[-1] < history.train_loss[0]
