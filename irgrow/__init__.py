@@ -71,6 +71,7 @@ _HOME = {
     "irgrow.growth.selection": ("Selection", "Selects", "Candidate"),
     "irgrow.growth.continual": ("Continual",),
     "irgrow.growth.effective_rank": ("FullRank", "effective_rank", "effective_ranks"),
+    "irgrow.growth.expansion": ("Expansion", "expansion_score"),
     "irgrow.growth.when": ("Every", "OnPlateau", "Schedule", "GainAbove"),
     "irgrow.growth.where": (
         "RoundRobin",

@@ -32,7 +32,7 @@ class LinearMap(Bindable):
     loss on the first batch. The existing weights stay (LiGO maps them as well: its maps have an identity block here).
 
     Refused: sites entered at several groups, concatenations, sparse bundles that leave the site.
-    Source: Learning to Grow Pretrained Models, arXiv:2303.00980, section 3.2 (width expansion).
+    Source: Wang et al., Learning to Grow Pretrained Models, arXiv:2303.00980 (width expansion).
     """
 
     units: int = 1
