@@ -21,7 +21,7 @@ def expansion_score(statistics: Statistics) -> float:
     """eta = <G, F^+ G> for the weights that feed the site's targets: how fast natural gradient descent falls.
 
     G = M^T is their gradient and F = S_in (x) E its Fisher matrix in Kronecker form, so eta = tr(E^+ M^T S_in^+ M),
-    summed over the targets. Scaling the loss changes nothing. Source: arXiv:2307.04526, section 3.
+    summed over the targets. Scaling the loss changes nothing. Source: arXiv:2307.04526.
     """
     statistics.need("S_in", "M", "E")
     assert statistics.S_in is not None and statistics.M is not None and statistics.E is not None
