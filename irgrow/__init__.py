@@ -49,7 +49,9 @@ _HOME = {
     "irgrow.runtime.model": ("CompiledNetwork", "compile"),
     "irgrow.growth.probe": ("probe", "Gathering"),
     "irgrow.growth.refine": ("refine",),
-    "irgrow.growth.fit": ("fit", "Growth", "History"),
+    "irgrow.growth.fit": ("fit", "History"),
+    "irgrow.growth.measure": ("Growth",),
+    "irgrow.growth.between": ("Between",),
     "irgrow.growth.methods": (
         "Method",
         "NeedsModel",
@@ -64,9 +66,12 @@ _HOME = {
     "irgrow.growth.optimised": ("GradMaxOpt", "InverseGradMax", "FireflyOpt"),
     "irgrow.growth.firefly": ("Firefly",),
     "irgrow.growth.splitting": ("SplittingDescent",),
+    "irgrow.growth.new_edges": ("NewEdges",),
+    "irgrow.growth.linear_map": ("LinearMap",),
     "irgrow.growth.selection": ("Selection", "Selects", "Candidate"),
     "irgrow.growth.continual": ("Continual",),
     "irgrow.growth.effective_rank": ("FullRank", "effective_rank", "effective_ranks"),
+    "irgrow.growth.expansion": ("Expansion", "expansion_score"),
     "irgrow.growth.when": ("Every", "OnPlateau", "Schedule", "GainAbove"),
     "irgrow.growth.where": (
         "RoundRobin",

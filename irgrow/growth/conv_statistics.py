@@ -250,7 +250,7 @@ def _features(sums: Sums, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _direct(sums: Sums) -> bool:
     """Whether S is the Gram matrix of plain patches: one entry, left where it is entered."""
     geometry = sums.geometry
-    if len(geometry.entries) != 1 or geometry.steps or len(geometry.places) != 1:
+    if len(geometry.entries) != 1 or geometry.steps or len(geometry.places) != 1 or geometry.centres:
         return False
     entry, (exit, windows) = geometry.entries[0], geometry.places[0]
     return entry.group == exit and windows is None and geometry.slopes[exit] in (geometry.slope, 0.0)
@@ -273,7 +273,7 @@ def _summed(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _parts(sums: Sums, values: Mapping[str, Tensor]) -> Iterator[slice]:
-    """Ranges of samples whose intermediate numbers fit into MEMORY."""
+    """Ranges of samples whose intermediate numbers fit into MEMORY; all at once where a norm needs the whole batch."""
     geometry, groups = sums.geometry, sums.geometry.network.groups
     most = sum(sums.features * groups[name].positions for name in geometry.site.groups)
     for way in geometry.exits:
@@ -283,6 +283,6 @@ def _parts(sums: Sums, values: Mapping[str, Tensor]) -> Iterator[slice]:
     for target in geometry.targets:
         most += target.width * (groups[target.name].positions if target.shared else 1)
     count = next(iter(values.values())).shape[0]
-    step = max(1, MEMORY // most)
+    step = count if geometry.centres else max(1, MEMORY // most)
     for first in range(0, count, step):
         yield slice(first, first + step)

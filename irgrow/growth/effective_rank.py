@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from irgrow.growth.candidates import Candidates
 from irgrow.growth.data import Data, batches
 from irgrow.growth.probe import Recordable, evaluating
 from irgrow.growth.when import Moment
@@ -51,7 +52,7 @@ def effective_ranks(
         for name in names:
             value = values[name].double()
             if not bool(torch.isfinite(value).all()):
-                raise BadData(f"effective_ranks: activations of {name!r}", "NaN or infinity", "finite values")
+                raise BadData(f"effective_ranks: group {name!r}: activations", "NaN or infinity", "finite values")
             rows = value.reshape(value.shape[0], value.shape[1], -1).mT.reshape(-1, value.shape[1])
             total = sums.setdefault(name, rows.new_zeros(rows.shape[1], rows.shape[1]))
             accumulate_gram(total, rows)
@@ -63,7 +64,10 @@ def effective_ranks(
 
 @dataclass(frozen=True, eq=False)
 class FullRank:
-    """When to grow: the effective rank of some site is at least `share` of its width.
+    """When and where to grow: where the effective rank of a site is at least `share` of its width.
+
+        full = ig.FullRank(data)
+        growth = ig.Growth(when=full, where=full, how=ig.North(2))     # grows every site that is full
 
     `data` are the samples to look at (`(inputs, targets)` or batches). Looks every `epochs` epochs; at most
     `times` times. `ranks(network)` says what it sees. threshold and absolute as in `effective_rank`.
@@ -97,6 +101,10 @@ class FullRank:
             return False
         if self.times is not None and moment.growths >= self.times:
             return False
-        network = moment.candidates.network
-        found = self.ranks(network, moment.candidates.sites)
-        return any(rank >= self.share * network.groups[name].units for name, rank in found.items())
+        return bool(self.choose(moment.candidates))
+
+    def choose(self, candidates: Candidates) -> list[str]:
+        """The sites that are full, in the order of the network's groups."""
+        network = candidates.network
+        found = self.ranks(network, [name for name in candidates.sites if name in network.groups])
+        return [name for name, rank in found.items() if rank >= self.share * network.groups[name].units]

@@ -127,7 +127,7 @@ class Entrance:
                 values = model.record(*(x.to(device) for x in inputs), values=(*self.sources, *also))[1]
             for name, value in values.items():
                 if not bool(torch.isfinite(value).all()):
-                    raise BadData(f"{self.who}: activations of {name!r}", "NaN or infinity", "finite values")
+                    raise BadData(f"{self.who}: group {name!r}: activations", "NaN or infinity", "finite values")
             yield values
         if not found:
             raise BadData(f"{self.who}: data", "no samples", "at least one")

@@ -16,7 +16,7 @@ from irgrow.growth.methods.draws import normal
 from irgrow.growth.optimised import cycled
 from irgrow.growth.overgrown import Plan, assemble, why_not
 from irgrow.growth.selection import Candidate, Held, Selection, held_batches, mean_loss, measured_fall
-from irgrow.ir.errors import Refused
+from irgrow.ir.errors import BadData, Refused
 from irgrow.ir.network import Network
 from irgrow.ir.site import Site
 from irgrow.passes.add_block import AddResidual
@@ -100,9 +100,8 @@ class Firefly:
         who, network = "Firefly", model.network()
         plan, notes = self._plan(network, sites)
         held = held_batches(model, data, self.batch_size, self.batches, who)
-        device = next(iter(network.tensors().values())).device
         over = Overgrown(self, network, plan, model)
-        over.train(cycled(data, self.batch_size, who, device), loss)
+        over.train(cycled(data, self.batch_size, who, network), loss)
         scores = over.scores(held, loss)
         table = self._ranked(over, scores)
         kept = self._kept(table)
@@ -251,6 +250,10 @@ class Overgrown:
                 value = mean_loss(lambda *x: self.family.outputs(self.values(eps, delta), x), [batch], loss, "Firefly")
                 excess = torch.relu(self._norms(delta) - 1.0).square().sum()
                 found = torch.autograd.grad(value + method.penalty * excess, free, allow_unused=True)
+                for name, gradient in zip(delta, found[1:], strict=True):
+                    if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                        site = f"Firefly: site {name.split('/')[1]!r}: gradient"
+                        raise BadData(site, "NaN or infinity", "finite values", do="check the loss")
                 for parameter, gradient in zip(free, found, strict=True):
                     parameter.grad = gradient
                 optimizer.step()

@@ -4,14 +4,15 @@
                      growth=ig.Growth(when=ig.Every(epochs=5), where=ig.LargestGain(), how=ig.Tiny(units=4)))
 
 Every growth is the four calls one can also make by hand: `probe`, `how.propose`, `refine`,
-`model.grow(AddUnits(proposal)(model.structure), optimizer)`.
+`model.grow(AddUnits(proposal)(model.structure), optimizer)`; or, for methods that choose their own places
+(Firefly, splitting descent), the two: `how.select`, `model.grow(selection(model.structure), optimizer)`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,42 +21,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from irgrow.growth.candidates import Candidates
-from irgrow.growth.data import Batch, Data, Loss, as_inputs, batches, is_pair, take
-from irgrow.growth.methods import Method, NeedsModel, Tiny
-from irgrow.growth.methods.with_model import propose
-from irgrow.growth.probe import evaluating, probe
-from irgrow.growth.refine import refine
-from irgrow.growth.when import Every, Moment, When
-from irgrow.growth.where import RoundRobin, Where
+from irgrow.growth.data import Data, Loss, as_inputs, batches, is_pair
+from irgrow.growth.measure import Growth as Growth
+from irgrow.growth.measure import Measuring, chooser
+from irgrow.growth.probe import evaluating
+from irgrow.growth.when import Moment
 from irgrow.ir.errors import Diverged, Refused
-from irgrow.ir.proposal import Proposal
-from irgrow.ir.site import Site
-from irgrow.passes.add_units import AddUnits
 from irgrow.runtime.model import CompiledNetwork
 
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Growth:
-    """When, where and how a network grows while it trains.
-
-    sites       which sites may grow (default: all)
-    refine      signs, amplitude and measured gain on a batch (see `refine`); `delta`, `lookahead`, `limit` go there
-    samples     how many training samples the statistics are taken over, at most
-    batch       how many others the proposal is refined on, at most (and at most a quarter of the data)
-    """
-
-    when: When = field(default_factory=lambda: Every(epochs=5))
-    where: Where = field(default_factory=RoundRobin)
-    how: Method | NeedsModel = field(default_factory=Tiny)
-    sites: tuple[str, ...] | None = None
-    refine: bool = True
-    delta: str = "separate"
-    lookahead: float = 0.1
-    limit: float = 1000.0
-    samples: int = 10_000
-    batch: int = 1024
 
 
 @dataclass
@@ -64,7 +38,8 @@ class History:
 
     Every event has `event` (`epoch` or `growth`), `epoch`, `train_loss` (mean over the last epoch's steps),
     `test_accuracy` (None without test data or classes), `widths` (units per hidden group), `parameters`;
-    a growth also `site`, `predicted_gain`, `measured_gain`, `seconds`. `notes` lists growths that did not happen.
+    a growth also `site` (several, joined by commas, where the method chose them), `predicted_gain`,
+    `measured_gain`, `seconds`. `notes` lists growths that did not happen.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -160,6 +135,7 @@ class _Run:
         self.growth, self.test, self.batch_size, self.reduction = growth, test, batch_size, reduction
         self.on_event = on_event
         self.draw = torch.Generator().manual_seed(seed)
+        self.measuring = None if growth is None else Measuring(growth, model, data, loss, reduction, self.draw)
         self.history = History()
         self.epoch = self.step = self.growths = self.last_growth = 0
         self.device = next(iter(model.tensors().values())).device
@@ -215,10 +191,10 @@ class _Run:
 
     def maybe_grow(self, *, epoch_ended: bool) -> None:
         """Grows if it is due, wherever `where` says."""
-        if self.growth is None:
+        if self.growth is None or self.measuring is None:
             return
         begun = time.perf_counter()
-        candidates = self._candidates()
+        candidates = self.measuring.candidates(self.growths)
         moment = Moment(
             self.epoch,
             self.step,
@@ -236,106 +212,37 @@ class _Run:
             self.history.seconds_growing += time.perf_counter() - begun
 
     def _grow(self, candidates: Candidates, begun: float) -> None:
-        assert self.growth is not None
+        assert self.growth is not None and self.measuring is not None
+        chosen: list[str | None] = [None]  # one growth, at the places that the method chooses
         try:
-            chosen = list(self.growth.where.choose(candidates))
+            if not self.growth.selects:
+                chosen = list(chooser(self.growth).choose(candidates))
         except Refused as refused:
             self._note(str(refused), begun)
             return
         for number, site in enumerate(chosen):
             if number:  # the network has changed: measure again
-                begun, candidates = time.perf_counter(), self._candidates()
+                begun, candidates = time.perf_counter(), self.measuring.candidates(self.growths)
             try:
-                proposal = candidates[site]
+                found = candidates.selection() if site is None else candidates[site]
             except Refused as refused:
                 self._note(str(refused), begun)
                 continue
-            morphism = AddUnits(proposal)(self.model.structure)
-            self.model.grow(morphism, self.optimizer)
+            self.model.grow(self.measuring.morphism(found), self.optimizer)
             seconds = time.perf_counter() - begun
             self.history.seconds_growing += seconds
             self._event(
                 "growth",
                 self.epoch,
                 self.history.train_loss[-1] if self.epoch else math.nan,
-                site=site,
-                predicted_gain=proposal.predicted_gain,
-                measured_gain=proposal.measured_gain,
+                site=found.site,
+                predicted_gain=found.predicted_gain,
+                measured_gain=found.measured_gain,
                 seconds=seconds,
             )
         if chosen:
             self.growths += 1
             self.last_growth = self.epoch
-
-    def _candidates(self) -> Candidates:
-        assert self.growth is not None
-        network = self.model.structure
-        sites = self.growth.sites or tuple(site.name for site in Site.all(network))
-        return Candidates(tuple(sites), network, self.growths, self._measure)
-
-    def _measure(self, sites: Iterable[str]) -> dict[str, Proposal | Refused]:
-        """A proposal for each site, or why there is none: one run over the data for all of them."""
-        assert self.growth is not None
-        growth, how, names = self.growth, self.growth.how, list(sites)
-        seen, unseen = self._split()
-        taps = getattr(how, "taps", "full")
-        found: dict[str, Proposal | Refused] = {}
-        for name in names:
-            try:
-                Site.of(self.model.structure, name)
-            except Refused as refused:
-                found[name] = refused
-        for group in ([n for n in names if n not in found], *([n] for n in names if n not in found)):
-            rest = [n for n in group if n not in found]
-            if not rest:
-                continue
-            try:
-                measured = probe(
-                    self.model, seen, self.loss, sites=rest, want=how.needs, reduction=self.reduction, taps=taps
-                )
-            except Refused as refused:  # one site cannot be measured: measure them one by one
-                if len(rest) == 1:
-                    found[rest[0]] = refused
-                continue
-            for name, statistics in measured.items():
-                try:
-                    proposal = propose(how, statistics, self.model, seen, self.loss)
-                    if growth.refine and unseen is not None:
-                        with evaluating(self.model):
-                            proposal = refine(
-                                proposal,
-                                self.model,
-                                unseen,
-                                self.loss,
-                                delta=growth.delta,
-                                lookahead=growth.lookahead,
-                                limit=growth.limit,
-                            )
-                    found[name] = proposal
-                except Refused as refused:
-                    found[name] = refused
-        return found
-
-    def _split(self) -> tuple[Data, Batch | None]:
-        """Data for the statistics, and a batch that they do not see."""
-        assert self.growth is not None
-        if is_pair(self.data):
-            inputs, targets = as_inputs(self.data[0], "fit"), self.data[1]
-            order = torch.randperm(len(targets), generator=self.draw).to(targets.device)
-            held = min(self.growth.batch, len(targets) // 4) if self.growth.refine else 0
-            seen = take(inputs, targets, order[held : held + self.growth.samples])
-            return seen, take(inputs, targets, order[:held]) if held else None
-        read: list[Batch] = []
-        count, first = 0, None
-        for batch in batches(self.data, None, "fit"):
-            if first is None and self.growth.refine:
-                first = batch
-                continue
-            read.append(batch)
-            count += len(batch[1])
-            if count >= self.growth.samples:
-                break
-        return read or ([] if first is None else [first]), first
 
     def _note(self, text: str, begun: float) -> None:
         self.history.notes.append(f"epoch {self.epoch}: no growth: {text}")

@@ -8,7 +8,9 @@ zero weights its value there is linear in its fan-in:
 
 `carry` is the identity, a strided copy (a new channel of a depthwise convolution passes its centre tap on), a
 mean over pooling windows, or a sum of several paths. `slope` is the product of sigma'(0), and 1/sqrt(1 + eps)
-for a batch norm in eval mode (a new unit has scale 1, shift 0, mean 0, variance 1).
+for a batch norm in eval mode (a new unit has scale 1, shift 0, mean 0, variance 1). In train mode the batch
+itself is the norm's sample: a unit at zero has variance 0, so the factor is 1/sqrt(eps), and `carry` takes the
+batch's mean out of what passes the norm (which makes E[g b^T] into E[g (b - E b)^T]).
 
 Pooling by max is not linear: it is replaced by the mean over its window, with a note, and no first-order
 gain is predicted there.
@@ -17,7 +19,7 @@ gain is predicted there.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -117,6 +119,7 @@ class Geometry:
     network: Network
     site: Site
     taps: str = "full"
+    training: bool = False  # batch norms take their statistics from the batch
 
     @property
     def who(self) -> str:
@@ -233,7 +236,7 @@ class Geometry:
 
     @cached_property
     def slopes(self) -> dict[str, float]:
-        """Per group of the site sigma'(0), times 1/sqrt(1 + eps) for a batch norm; Refused for other norms."""
+        """Per group of the site sigma'(0), times a batch norm's factor; Refused for other norms."""
         found = {}
         for name in self.site.groups:
             group = self.network.groups[name]
@@ -245,7 +248,7 @@ class Geometry:
                         f"group {name!r} has a {group.norm.kind} norm, where a new unit changes the old ones",
                         "no norm across units, or a batch norm",
                     )
-                found[name] /= math.sqrt(1.0 + group.norm.eps)
+                found[name] /= math.sqrt(group.norm.eps if self.training else 1.0 + group.norm.eps)
         return found
 
     @cached_property
@@ -307,16 +310,17 @@ class Geometry:
     def _signature(self, exit: str) -> tuple[float, ...]:
         """Of a flat site: how much of every entry's features reaches this exit."""
         one = torch.ones(1, 1, dtype=torch.float64)
-        reached = (self.carry(e.group, one).get(exit) for e in self.entries)
+        alike = replace(self, training=False)  # where a batch of one sample is not centred to nothing
+        reached = (alike.carry(e.group, one).get(exit) for e in self.entries)
         return tuple(0.0 if value is None else float(value) for value in reached)
 
     def carry(self, entry: str, features: Tensor) -> dict[str, Tensor]:
         """What features `[B, F, *positions]` at an entry group become at every group they reach, over `slope`."""
         factor = {name: slope or 1.0 for name, slope in self.slopes.items()}  # at slope 0 the features stay
-        values = {entry: _times(features, factor[entry])}
+        values = {entry: _times(self._centred(entry, features), factor[entry])}
         for step in self.steps:
             if step.source in values:
-                through = _times(step(values[step.source]), factor[step.group])
+                through = _times(self._centred(step.group, step(values[step.source])), factor[step.group])
                 held = values.get(step.group)
                 values[step.group] = through if held is None else held + through
         return {name: _times(value, 1.0 / (self.slope or 1.0)) for name, value in values.items()}
@@ -324,14 +328,25 @@ class Geometry:
     def carry_back(self, exit: str, g: Tensor) -> dict[str, Tensor]:
         """The transpose of `carry`: `g [B, K, *positions]` at an exit -> at every entry group that reaches it."""
         factor = {name: slope or 1.0 for name, slope in self.slopes.items()}
-        found = {exit: _times(g, factor[exit] / (self.slope or 1.0))}
+        found = {exit: _times(self._centred(exit, g), factor[exit] / (self.slope or 1.0))}
         for step in reversed(self.steps):
             if step.group in found:
                 shape = self.network.groups[step.source].shape[1:]
-                back = _times(step.back(found[step.group], shape), factor[step.source])
+                back = _times(self._centred(step.source, step.back(found[step.group], shape)), factor[step.source])
                 held = found.get(step.source)
                 found[step.source] = back if held is None else held + back
         return {e.group: found[e.group] for e in self.entries if e.group in found}
+
+    @cached_property
+    def centres(self) -> bool:
+        """Whether features lose the mean of their batch on the way: samples are no longer seen one by one."""
+        return self.training and any(self.network.groups[name].norm is not None for name in self.site.groups)
+
+    def _centred(self, name: str, x: Tensor) -> Tensor:
+        """x without its mean over batch and positions, where a batch norm in train mode takes it out."""
+        if not self.training or self.network.groups[name].norm is None:
+            return x
+        return x - x.mean([0, *range(2, x.dim())], keepdim=True)
 
     def _unfit(self, bundle: Bundle, how: str) -> Refused:
         return Refused(

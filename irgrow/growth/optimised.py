@@ -25,6 +25,7 @@ from irgrow.growth.methods.base import (
 )
 from irgrow.growth.methods.draws import normal
 from irgrow.growth.methods.with_model import Bindable, require_data, require_loss, require_model
+from irgrow.growth.probe import bad_loss, require_finite
 from irgrow.ir.errors import BadData, Refused
 from irgrow.ir.network import Network
 from irgrow.ir.proposal import Proposal
@@ -235,8 +236,12 @@ class NewUnits:
         self.family = Family(self._grown, model, {**self.incoming, **self.outgoing})
         self.device, self.dtype = self.family.device, self.family.dtype
         self.fan_in_norm = _fan_in_norm(geometry, statistics)
-        self._batches = cycled(self.data, batch_size, self.who, self.device)
+        self._batches = cycled(self.data, batch_size, self.who, network)
         self.first = next(self._batches)
+
+    def next_batch(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The next batch of the data, over and over; the first one is `first`."""
+        return next(self._batches)
 
     def _made(self, network: Network, values: Mapping[str, Tensor]) -> Proposal:
         fan_in = {n[3:]: v for n, v in values.items() if n.startswith("in.")}
@@ -250,8 +255,10 @@ class NewUnits:
     def loss(self, values: Mapping[str, Tensor], batch: tuple[tuple[Tensor, ...], Tensor]) -> Tensor:
         """The loss of the grown network; BadData if it is not one finite number."""
         value = self.criterion(self.family.outputs(values, batch[0]), batch[1])
-        if not isinstance(value, Tensor) or value.dim() or not bool(torch.isfinite(value)):
-            raise BadData(f"{self.who}: loss", "not one finite number", "a finite loss", do="check the data")
+        if not isinstance(value, Tensor) or value.dim():
+            raise BadData(f"{self.who}: loss", "not one number", "a loss that returns one number for the batch")
+        if not bool(torch.isfinite(value)):
+            raise bad_loss(self.who, self.family.compiled, batch[0])
         return value
 
     def directions(self, draw: torch.Generator, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -281,9 +288,11 @@ class NewUnits:
 
         with torch.enable_grad():
             for step in range(steps):
-                batch = self.first if step == 0 else next(self._batches)
+                batch = self.first if step == 0 else self.next_batch()
                 gradients = torch.autograd.grad(objective(sized(), batch), list(free.values()), allow_unused=True)
                 for value, gradient in zip(free.values(), gradients, strict=True):
+                    if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                        raise BadData(f"{self.who}: gradient", "NaN or infinity", "finite values", do="check the loss")
                     value.grad = None if gradient is None else -gradient
                 optimizer.step()
                 self._restore(free, self.incoming, 1.0)
@@ -336,15 +345,20 @@ class NewUnits:
 
 
 def cycled(
-    data: Data, batch_size: int | None, who: str, device: torch.device
+    data: Data, batch_size: int | None, who: str, network: Network
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Batches of the data on a device, over and over; BadData where there are none (or none a second time)."""
+    """Batches of the data where the network lives, over and over.
+
+    BadData where there are none (or none a second time), and for NaN or infinity.
+    """
+    device = next(iter(network.tensors().values())).device
     again = False
     while True:
         count = 0
         for inputs, targets in batches(data, batch_size, who):
             if inputs[0].shape[0]:
                 count += 1
+                require_finite(who, network, inputs)
                 yield tuple(x.to(device) for x in inputs), targets.to(device)
         if not count:
             expected = "an iterable that can be read several times (a list, a DataLoader)" if again else "at least one"

@@ -53,6 +53,7 @@ def probe(
     bias_row: bool | None = None,
     taps: str = "full",
     batch_size: int = 1024,
+    mode: str = "eval",
 ) -> dict[str, Statistics]:
     """The statistics of each site (default: all sites), all from one run over `data` in eval mode.
 
@@ -63,6 +64,9 @@ def probe(
     run over the data, with dW* from the first, because C would be far larger than N.
     `batches`: stop after that many. `bias_row`: whether the constant 1 belongs to b (default: where the
     grown group has a bias). `taps`: `centre` restricts fan-outs of convolutions to their centre tap.
+    `mode`: in `train` mode a batch norm takes mean and variance from the batch, as a training step does:
+    E[b g^T] becomes E[(b - E b) g^T], and a new unit's slope 1/sqrt(eps) instead of 1/sqrt(1 + eps). The
+    norm couples the samples of a batch, so such moments are those of batches of this size; dropout drops.
 
     Moments are means over samples of per-sample products, accumulated in float64: they do not depend on
     the batch size, and statistics of two halves add. The model keeps its mode, its values and its `.grad`.
@@ -71,12 +75,12 @@ def probe(
     """
     network = model.structure
     names = [site.name for site in Site.all(network)] if sites is None else list(sites)
-    gathering = Gathering(network, names, want=want, reduction=reduction, bias_row=bias_row, taps=taps)
+    gathering = Gathering(network, names, want=want, reduction=reduction, bias_row=bias_row, taps=taps, mode=mode)
     if not gathering.want:
         return gathering.statistics()
     if gathering.twice and isinstance(data, Iterator):
         data = list(data)
-    with evaluating(model):
+    with evaluating(model, training=mode == "train"):
         for inputs, targets in islice(cut(data, batch_size, "probe"), batches):
             gathering.run(model, inputs, targets, loss)
         if gathering.twice:
@@ -92,7 +96,7 @@ class Gathering:
 
     Also for ordinary training steps, so that growing needs no run over the data of its own:
 
-        gathering = Gathering(model.structure, ["hidden"], want=how.needs, single_run=True)
+        gathering = Gathering(model.structure, ["hidden"], want=how.needs, single_run=True, mode="train")
         for x, y in loader:
             outputs = gathering.forward(model, x)      # instead of model(x)
             loss(outputs, y).backward()
@@ -100,7 +104,8 @@ class Gathering:
             optimizer.step()
         proposal = how.propose(gathering.statistics()["hidden"])
 
-    Such statistics mix the weights of all those steps, and are in train mode (dropout, batch norm of batches).
+    Such statistics mix the weights of all those steps. `mode` is the one the model runs in: it says where a
+    batch norm takes its statistics from (see `probe`).
     `single_run=True` takes N from C for image sites too, which may be large.
     """
 
@@ -111,6 +116,7 @@ class Gathering:
     bias_row: bool | None = None
     taps: str = "full"
     single_run: bool = False
+    mode: str = "eval"
     n: int = 0
     second: bool = False
     sums: dict[str, Sums] = field(default_factory=dict)
@@ -130,8 +136,10 @@ class Gathering:
             )
         if self.taps not in ("full", "centre"):
             raise UnknownName(f"probe: taps {self.taps!r}", expected="full or centre")
+        if self.mode not in ("eval", "train"):
+            raise UnknownName(f"probe: mode {self.mode!r}", expected="eval or train")
         for name in self.names:
-            geometry = Geometry(self.network, Site.of(self.network, name), self.taps)
+            geometry = Geometry(self.network, Site.of(self.network, name), self.taps, self.mode == "train")
             bias = bool(geometry.biased) if self.bias_row is None else self.bias_row
             want = {*self.want, "C"} if self.single_run and "N" in self.want else set(self.want)
             self.sums[name] = Sums(geometry, bias, frozenset(want))
@@ -181,6 +189,11 @@ class Gathering:
 
     def forward(self, model: Recordable, *inputs: Tensor) -> Any:
         """The model's outputs, as `model(*inputs)`; `collect` after the backward adds this batch."""
+        mode = "train" if getattr(model, "training", False) else "eval"
+        normed = any(self.network.groups[g].norm for s in self.sums.values() for g in s.geometry.site.groups)
+        if mode != self.mode and normed:
+            raise BadData("gathering: forward", f"a model in {mode} mode", f"{self.mode} mode, as the norms are read",
+                          do=f"use Gathering(..., mode={mode!r})")  # fmt: skip
         count = inputs[0].shape[0]
         shifts = self.shifts(count, inputs[0])
         outputs, values = model.record(*inputs, values=self.values, shifts=shifts)
@@ -212,7 +225,7 @@ class Gathering:
                     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise BadData("probe: loss", f"shape {shape}", f"one number, the {self.reduction} over samples")
                 if not bool(torch.isfinite(value)):
-                    raise BadData(*_culprit(self.network, inputs, values), do="check the data and the weights")
+                    raise bad_loss("", model, inputs)
                 found = torch.autograd.grad(value, list(shifts.values()), allow_unused=True)
                 gradients = {
                     name: torch.zeros_like(shift) if g is None else g
@@ -343,26 +356,41 @@ def fan_out_norm(geometry: Geometry) -> float:
 
 
 @contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """The model in eval mode; every module's mode is restored afterwards, also after an error."""
+def evaluating(model: object, *, training: bool = False) -> Iterator[None]:
+    """The model in eval mode (or train mode); its modes and buffers are restored afterwards, also after an error."""
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    held = [(b, b.clone()) for b in model.buffers()] if training and isinstance(model, nn.Module) else []
     try:
         for module, _ in modes:
-            module.training = False
+            module.training = training
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for buffer, value in held:  # running means and variances
+            buffer.data.copy_(value)
 
 
 def _finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value.detach().sum())) or bool(torch.isfinite(value.detach()).all())
 
 
-def _culprit(network: Network, inputs: tuple[Tensor, ...], values: Mapping[str, Tensor]) -> tuple[str, str, str]:
-    """The first group with a value that is not finite, as an error's words."""
-    given = dict(zip(network.inputs, inputs, strict=False)) | dict(values)
-    for name in network.groups:
-        if name in given and not _finite(given[name]):
-            return f"group {name!r}: activations", "NaN or infinity", "finite values"
-    return "probe: loss", "NaN or infinity", "a finite value"
+def bad_loss(who: str, model: Recordable, inputs: tuple[Tensor, ...]) -> BadData:
+    """The error for a loss that is not finite: it names the first group whose activations are not, if there is one."""
+    network, prefix = model.structure, f"{who}: " if who else ""
+    with evaluating(model), torch.no_grad():
+        values = model.record(*inputs, values=tuple(network.groups))[1]
+    for name in (name for names, _ in network.components for name in names):
+        if not _finite(values[name]):
+            found = f"{prefix}group {name!r}: activations"
+            return BadData(found, "NaN or infinity", "finite values", do="check the data and the weights")
+    return BadData(f"{who or 'probe'}: loss", "NaN or infinity", "a finite value", do="check the targets and the loss")
+
+
+def require_finite(who: str, network: Network, inputs: tuple[Tensor, ...]) -> None:
+    """BadData, naming the input group, for NaN or infinity in a batch."""
+    for name, x in zip(network.inputs, inputs, strict=False):
+        if not _finite(x):
+            raise BadData(
+                f"{who}: group {name!r}: activations", "NaN or infinity", "finite values", do="check the data"
+            )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from irgrow.growth.data import Batch, Loss, as_inputs
+from irgrow.growth.probe import bad_loss, require_finite
 from irgrow.ir.errors import BadData, UnknownName
 from irgrow.ir.lineage import Axes
 from irgrow.ir.morphism import Morphism
@@ -56,6 +57,8 @@ def refine(
     of the larger gradient (the decrease after a vanishing step), their gain is measured after one gradient
     step of size `lookahead` on the new weights (halved while it overshoots), and `gain_unit` says `lookahead`.
 
+    Raises BadData, naming the group, where the batch or its gradient has NaN or infinity.
+
     Where statistics cannot predict a gain (ReLU), the batch can: -E[relu(alpha . b) omega . g] is filled in.
     """
     if delta not in DELTAS:
@@ -87,6 +90,7 @@ class Trial:
         self.targets = self.targets.to(device)
         if self.targets.shape[0] == 0:
             raise BadData("refine: batch", "no samples", "at least one")
+        require_finite("refine", network, self.inputs)
         self._criterion = loss
         old, now = network.tensors(), after.tensors()
         touched = {f"weight.{n}" for n in [*proposal.fan_in, *proposal.fan_out]} | set(proposal.delta)
@@ -109,6 +113,8 @@ class Trial:
         }
         self.ones = torch.ones(self.units, dtype=network.dtype, device=device)
         self.before = self.loss(self.ones, 0 * self.ones, 0.0)
+        if not math.isfinite(self.before):
+            raise bad_loss("refine", model, self.inputs)
 
     def _numbered(self, grown: Morphism, name: str) -> Tensor | None:
         """For every entry of a tensor the number of its unit, from 1 (0: old), where units are ranges of one axis."""
@@ -126,9 +132,9 @@ class Trial:
 
     @property
     def silent(self) -> bool:
-        """Whether nothing of the new units reaches the targets yet."""
+        """Whether the new units are judged by what they will learn: (almost) nothing reaches the targets yet."""
         p = self.proposal
-        return not bool(p.omega.any()) or float(p.alpha.abs().max()) < DEAD
+        return p.gain_unit == "gradient" or not bool(p.omega.any()) or float(p.alpha.abs().max()) < DEAD
 
     @property
     def homogeneous(self) -> bool:
@@ -193,9 +199,19 @@ class Trial:
         self.set(inward, outward)
         names = list(dict.fromkeys([*self.where["in"], *self.where["out"]]))
         held = self.model.tensors()
+        for name in names:
+            held[name].requires_grad_()  # also of frozen bundles: what a new weight brings does not need training
         with torch.enable_grad():
             value = self._criterion(self.model(*self.inputs), self.targets)
             found = torch.autograd.grad(value, [held[n] for n in names], allow_unused=True)
+        for name, gradient in zip(names, found, strict=True):
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                kind, owner = name.split(".")
+                group = owner if kind == "bias" else self.model.structure.bundles[owner].target
+                raise BadData(
+                    f"refine: group {group!r}: gradient of {name}", "NaN or infinity", "finite values",
+                    do="check the loss",
+                )  # fmt: skip
         return {n: g * (self._unit(n) > 0) for n, g in zip(names, found, strict=True) if g is not None}
 
     def per_unit(self, values: dict[str, Tensor]) -> Tensor:
@@ -206,8 +222,9 @@ class Trial:
         return total[1:]
 
     def squared(self, sign: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared gradient of each unit's weights `[units]` with these signs, and the gradients."""
-        gradients = self.gradients(sign, sign)
+        """The squared gradient of each unit's trained weights `[units]` with these signs, and the gradients."""
+        trained = set(self.model.structure.trainable())
+        gradients = {name: g for name, g in self.gradients(sign, sign).items() if name in trained}
         return self.per_unit({n: g.square() for n, g in gradients.items()}), gradients
 
     def gain(self, sign: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from irgrow.growth.data import Data, Loss, batches
-from irgrow.growth.probe import evaluating
+from irgrow.growth.probe import evaluating, require_finite
 from irgrow.ir.errors import BadData
 from irgrow.ir.morphism import Morphism
 from irgrow.ir.network import Network
@@ -29,10 +29,10 @@ from irgrow.runtime.model import CompiledNetwork
 class Candidate:
     """One thing that could grow.
 
-    kind `split` (the unit's serial is `unit`), `unit` (new unit number `unit` of the site) or `layer` (unit
-    number `unit` of a new layer behind group `site`). `score`: s, the mean gradient of the loss along the
-    switch (a split's eigenvalue in splitting descent); `eps`: where its switch stands; `gain`: the predicted
-    fall of the loss; `kept`: whether it was chosen.
+    kind `split` (the unit's serial is `unit`), `unit` (new unit number `unit` of the site), `layer` (unit number
+    `unit` of a new layer behind group `site`) or `edge` (into neuron `unit`). `score`: s, the mean gradient of
+    the loss along the switch (a split's eigenvalue in splitting descent, an edge's gradient); `eps`: where its
+    switch stands; `gain`: the predicted fall of the loss; `kept`: whether it was chosen.
     """
 
     kind: str
@@ -68,6 +68,11 @@ class Selection:
     def kept(self) -> tuple[Candidate, ...]:
         return tuple(c for c in self.candidates if c.kept)
 
+    @property
+    def site(self) -> str:
+        """The sites that grow (for a layer: the group behind which it begins), joined by commas."""
+        return ", ".join(dict.fromkeys(c.site for c in self.kept))
+
     def __call__(self, network: Network) -> Morphism:
         """The growth, as a morphism of the network it was made for."""
         return self.passes(network)
@@ -78,7 +83,9 @@ class Selection:
 
     def __repr__(self) -> str:
         kinds = [
-            f"{n} {kind}{'s' if n != 1 else ''}" for kind in ("split", "unit", "layer") if (n := self._count(kind))
+            f"{n} {kind}{'s' if n != 1 else ''}"
+            for kind in ("split", "unit", "layer", "edge")
+            if (n := self._count(kind))
         ]
         notes = [f"({note})" for note in self.notes]
         gains = f"predicted gain {self.predicted_gain:.3g}, measured gain {self.measured_gain:.3g}"
@@ -103,11 +110,12 @@ Held = list[tuple[tuple[Tensor, ...], Tensor]]
 
 
 def held_batches(model: CompiledNetwork, data: Data, size: int, most: int | None, who: str) -> Held:
-    """The batches of the data on the model's device, at most so many; BadData for no samples."""
+    """The batches of the data on the model's device, at most so many; BadData for no samples, NaN or infinity."""
     device = next(iter(model.tensors().values())).device
     found = []
     for inputs, targets in islice(batches(data, size, who), most):
         if inputs[0].shape[0]:
+            require_finite(who, model.structure, inputs)
             found.append((tuple(x.to(device) for x in inputs), targets.to(device)))
     if not found:
         raise BadData(f"{who}: data", "no samples", "at least one")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from irgrow.growth.data import Data, Loss
 from irgrow.growth.entries import Entrance
-from irgrow.growth.probe import REDUCTIONS, evaluating
+from irgrow.growth.probe import REDUCTIONS, bad_loss, evaluating
 from irgrow.growth.selection import Candidate, Held, Selection, downstream_first, held_batches, measured_fall
 from irgrow.ir.edit import Edit
 from irgrow.ir.errors import BadData, Refused, UnknownName
@@ -152,10 +152,17 @@ def splitting(
             shifts = {t: inputs[0].new_zeros(samples, *s).requires_grad_() for t, s in shapes.items()}
             outputs, recorded = watching.record(*inputs, values=tuple(values), shifts=shifts)
             value = loss(outputs, targets)
-            if not isinstance(value, Tensor) or value.dim() or not bool(torch.isfinite(value)):
-                raise BadData(f"{who}: loss", "not one finite number", "a finite loss", do="check the data")
+            if not isinstance(value, Tensor) or value.dim():
+                raise BadData(f"{who}: loss", "not one number", "a loss that returns one number for the batch")
+            if not bool(torch.isfinite(value)):
+                raise bad_loss(who, model, inputs)
             found = torch.autograd.grad(value, list(shifts.values()), allow_unused=True)
         gradients = dict(zip(shifts, found, strict=True))
+        for name, tap in taps.items():
+            gradient = gradients[tap]
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                where = f"{who}: group {entrances[name].group.name!r}: gradient"
+                raise BadData(where, "NaN or infinity", "finite values", do="check the loss")
         for name, entrance in entrances.items():
             gradient = gradients[taps[name]]
             if gradient is not None:
@@ -229,17 +236,17 @@ def _usable(who: str, network: Network, sites: Iterable[str] | None) -> tuple[li
         for name in names:
             _entrance(who, network, name)
         return names, ()
-    names, notes = [], []
+    names, left = [], list[Refused]()
     for site in Site.all(network):
         try:
             _entrance(who, network, site.name)
         except Refused as refused:
-            notes.append(f"left out: {refused}")
+            left.append(refused)
             continue
         names.append(site.name)
     if not names:
-        raise Refused(who, notes[0].removeprefix("left out: ") if notes else "no site", "a site that can split")
-    return names, tuple(notes)
+        raise left[0] if left else Refused(who, "no site", "a site that can split")
+    return names, tuple(f"left out: {refused}" for refused in left)
 
 
 def _entrance(who: str, network: Network, name: str) -> Entrance:

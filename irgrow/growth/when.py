@@ -120,9 +120,4 @@ class GainAbove:
         """True if some proposal promises more than the threshold."""
         if not moment.epoch_ended or moment.epoch % self.epochs or (self.times or moment.growths + 1) <= moment.growths:
             return False
-        try:
-            proposals = moment.candidates.all().values()
-        except Refused:
-            return False
-        gains = [p.predicted_gain if p.measured_gain is None else p.measured_gain for p in proposals]
-        return max((g for g in gains if g is not None), default=0.0) > self.threshold
+        return max(moment.candidates.gains(), default=0.0) > self.threshold

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from irgrow.ir.errors import BadData, StaleMorphism
 from irgrow.ir.pattern import Shape
-from irgrow.kernels.whiten import pseudo_solve
+from irgrow.kernels.whiten import Solution, pseudo_solve
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,29 @@ class Statistics:
     @cached_property
     def best_move(self) -> Tensor:
         """dW* = -M^T S_in^+ `[g, c]`: the best change of the weights that already feed the targets."""
+        solved = self._solved
+        assert self.M is not None
+        move = torch.zeros_like(self.M.mT)
+        for name, (g, c) in self.targets.items():
+            move[g, c] = -solved[name].solution.mT
+        return move
+
+    @cached_property
+    def _solved(self) -> dict[str, Solution]:
+        """S_in^+ M of every target."""
         self.need("S_in", "M")
         assert self.S_in is not None and self.M is not None
-        move = torch.zeros_like(self.M.mT)
-        for g, c in self.targets.values():
-            move[g, c] = -pseudo_solve(self.S_in[c, c], self.M[c, g]).solution.mT
-        return move
+        return {name: pseudo_solve(self.S_in[c, c], self.M[c, g]) for name, (g, c) in self.targets.items()}
+
+    @property
+    def singular(self) -> tuple[str, ...]:
+        """Notes: the targets whose S_in is singular, so that dW* came from a pseudo-inverse."""
+        sizes = {name: c.stop - c.start for name, (_, c) in self.targets.items()}
+        return tuple(
+            f"S_in of {name!r} is singular: {found.note}"
+            for name, found in self._solved.items()
+            if found.rank < sizes[name]
+        )
 
     @cached_property
     def N(self) -> Tensor:

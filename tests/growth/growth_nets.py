@@ -156,5 +156,5 @@ def grown_loss(network: Any, proposal: Any, data: tuple[Any, Tensor], loss: Any 
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    scale = float(b.abs().max())
-    return float((a - b).abs().max()) / (scale or 1.0)
+    scale = b.detach().abs().max().item()
+    return (a - b).detach().abs().max().item() / (scale or 1.0)

@@ -258,3 +258,135 @@ def test_methods_that_need_the_model() -> None:
     growth = ig.Growth(when=ig.Every(epochs=2), how=ig.North(1))
     _, _, history = trained(growth, mlp("tanh", (6, 2, 2, 4)))
     assert [e["site"] for e in history.growths] == ["hidden1", "hidden2"] and not history.notes
+
+
+# ---- methods that choose their own places -------------------------------------------------------------------------
+
+SELECTS = {
+    "firefly": ig.Firefly(3, new=2, steps=5),
+    "layers": ig.Firefly(50, new=3, splits=False, layers=1, steps=5, variance=1.0),
+    "authors": ig.Firefly(2, new=2, steps=5, rule="authors"),
+    "splitting": ig.SplittingDescent(2, eps=0.05),
+}
+
+
+@pytest.mark.parametrize("name", list(SELECTS))
+def test_methods_that_choose_their_own_places(name: str) -> None:
+    how, seen = SELECTS[name], []
+    growth = ig.Growth(when=ig.Every(epochs=2), how=how)
+    network = mlp("tanh", (6, 2, 2, 4))
+    model, optimizer, history = trained(growth, network, test=blobs(60), on_event=seen.append)
+    assert not history.notes and len(history.growths) == 2 and seen == history.events
+    for event in history.growths:
+        assert event["predicted_gain"] > 0 and event["measured_gain"] is not None
+        before = history.events[history.events.index(event) - 1]
+        added = sum(event["widths"].values()) - sum(before["widths"].values())
+        assert set(event["site"].split(", ")) <= set(before["widths"])
+        blocks = sum(
+            event["widths"].get(f"{g}_block", 0) for g in before["widths"] if f"{g}_block" not in before["widths"]
+        )
+        assert 1 <= added - blocks <= how.units + (name == "authors")  # splits only where they lower the loss
+    assert history.events[-1]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert len(model.ledger) == 2
+    if name == "layers":
+        assert any(g.endswith("_block") for g in history.events[-1]["widths"])
+    same, again = (trained(growth, network, seed=1)[0].network() for _ in range(2))
+    assert same == again
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_the_gain_of_a_selection_is_measured_on_other_samples(refine: bool) -> None:
+    """refine=True holds a batch back; refine=False reports the fall on the samples that scored the candidates."""
+    found = []
+
+    class Recording(ig.SplittingDescent):
+        def select(self, model, data, loss, *, sites=None):
+            selection = super().select(model, data, loss, sites=sites)
+            found.append((selection, len(data[1])))
+            return selection
+
+    growth = ig.Growth(when=ig.Every(epochs=1), how=Recording(1), refine=refine)
+    _, _, history = trained(growth, mlp("tanh", (6, 2, 4)), epochs=2)
+    [(selection, samples)] = found
+    assert samples == (150 if refine else 200)
+    [event] = history.growths
+    assert event["predicted_gain"] == selection.predicted_gain
+    assert (event["measured_gain"] == selection.measured_gain) == (not refine)
+
+
+def test_a_choosing_method_takes_no_where() -> None:
+    with pytest.raises(Refused, match="Growth: where: found LargestGain with Firefly, expected none"):
+        ig.Growth(where=ig.LargestGain(), how=ig.Firefly(1))
+    with pytest.raises(Refused, match="Growth: sites: found Between with Firefly"):
+        ig.Growth(sites=(ig.Between("input", "output"),), how=ig.Firefly(1))
+    growth = ig.Growth(when=ig.Every(epochs=1), how=ig.SplittingDescent(1, eps=0.1), sites=("hidden2",))
+    _, _, history = trained(growth, mlp("tanh", (6, 2, 2, 4)), epochs=2)
+    assert [e["site"] for e in history.growths] == ["hidden2"]
+    growth = ig.Growth(when=ig.Every(epochs=1), how=ig.SplittingDescent(1), sites=("hidden",))
+    _, _, history = trained(growth, mlp("identity", (6, 2, 4)), epochs=2)
+    assert not history.growths and "no negative eigenvalue among 2 units" in history.notes[0]
+
+
+def test_gain_above_asks_a_choosing_method_once() -> None:
+    calls = []
+
+    class Counting(ig.SplittingDescent):
+        def select(self, *given, **more):
+            calls.append(1)
+            return super().select(*given, **more)
+
+    for threshold, growths in ((0.0, 1), (1e9, 0)):
+        calls.clear()
+        growth = ig.Growth(when=ig.GainAbove(threshold, times=1), how=Counting(1))
+        _, _, history = trained(growth, mlp("tanh", (6, 2, 4)), epochs=2)
+        assert len(history.growths) == growths and len(calls) == 1
+
+
+# ---- how many -----------------------------------------------------------------------------------------------------
+
+
+def test_units_as_a_share_of_the_width_at_the_beginning() -> None:
+    growth = ig.Growth(when=ig.Schedule([1, 2, 3]), where=ig.AllAtOnce(), how=ig.GradMax(1), share=0.5)
+    _, _, history = trained(growth, mlp("relu", (6, 8, 3, 4)), epochs=4)
+    assert [e["widths"] for e in history.epochs] == [{"hidden1": 8 + 4 * n, "hidden2": 3 + 2 * n} for n in range(4)]
+    growth = ig.Growth(when=ig.Schedule([1, 2]), how=ig.SplittingDescent(1, eps=0.05), share=0.25)
+    _, _, history = trained(growth, mlp("tanh", (6, 5, 3, 4)), epochs=3)
+    assert [sum(e["widths"].values()) for e in history.epochs] == [8, 10, 12]
+    with pytest.raises(Refused, match="Growth: share: found 0"):
+        ig.Growth(share=0.0)
+
+    class Fixed:
+        units, needs = 1, ()
+
+        def propose(self, statistics):
+            raise AssertionError
+
+    with pytest.raises(Refused, match="Growth: share: found Fixed, whose units are no field"):
+        ig.Growth(how=Fixed(), share=0.5)
+
+
+def test_signs_and_amplitude_can_be_switched_off() -> None:
+    """Off, both: what grows is what was proposed; the gain is measured all the same."""
+    found = {}
+
+    @dataclass(frozen=True)
+    class Recording(ig.Tiny):
+        def propose(self, statistics):
+            found["proposed"] = super().propose(statistics)
+            return found["proposed"]
+
+    for options, same in (({"signs": False, "amplitude": False}, True), ({}, False)):
+        growth = ig.Growth(when=ig.Every(epochs=1), how=Recording(2), **options)
+        model, _, history = trained(growth, mlp("relu", (6, 2, 4)), epochs=2)
+        grown = next(iter(model.ledger.proposals.values()))
+        kept = bool(torch.equal(grown.alpha, found["proposed"].alpha))
+        assert kept == same and history.growths[0]["measured_gain"] is not None
+
+
+def test_batch_norm_in_train_mode() -> None:
+    network = ig.mlp([6, 3, 4], activation="relu", norm="batch", dtype=torch.float64)
+    growth = ig.Growth(when=ig.Every(epochs=1), how=ig.GradMax(2, mode="train", eps=1e-4))
+    model, _, history = trained(growth, network, epochs=4)
+    assert not history.notes and history.events[-1]["widths"] == {"hidden": 9}
+    assert history.train_loss[-1] < history.train_loss[0]

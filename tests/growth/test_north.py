@@ -140,7 +140,7 @@ def test_refusals_and_purity() -> None:
         ig.North(1).propose(s)
     with pytest.raises(BadData, match="North: site 'hidden1': found no data"):
         ig.North(1).propose_with(s, model)
-    with pytest.raises(BadData, match="activations of 'input': found NaN"):
+    with pytest.raises(BadData, match="group 'input': activations: found NaN"):
         ig.North(1).propose_with(s, model, (data[0] * torch.nan, data[1]))
     assert model.training and all(torch.equal(before[n], t) for n, t in model.tensors().items())
     with pytest.raises(StaleMorphism, match="North: site 'hidden1'"):
@@ -193,3 +193,20 @@ def test_full_rank_triggers_growth_until_it_is_not() -> None:
     assert model.structure.groups["hidden"].units == 5
     with pytest.raises(Refused, match="FullRank: found share=0"):
         FullRank(data, share=0.0)
+
+
+def test_full_rank_says_where_as_well() -> None:
+    """Of two groups, one of which says the same thing twice, only the other one grows."""
+    network = mlp("tanh", (6, 3, 2, 3))
+    tensors = network.tensors()
+    for name in ("weight.hidden1_hidden2", "bias.hidden2"):
+        tensors[name][1] = tensors[name][0]
+    network = network.with_tensors(tensors)
+    data = drawn(network, 60)
+    full = ig.FullRank(data, times=1)
+    assert full.ranks(network, ["hidden1", "hidden2"]) == {"hidden1": 3, "hidden2": 1}
+    model = ig.compile(network)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    growth = Growth(when=full, where=full, how=ig.North(1))
+    history = fit(model, data, F.cross_entropy, optimizer, epochs=3, growth=growth, progress=False)
+    assert [e["site"] for e in history.growths] == ["hidden1"]

@@ -162,7 +162,7 @@ def test_refusals_and_purity() -> None:
     linear = mlp("identity")
     with pytest.raises(Refused, match="SplittingDescent: found no negative eigenvalue among 9 units"):
         SplittingDescent().select(ig.compile(linear), drawn(linear, 9), F.cross_entropy)
-    with pytest.raises(BadData, match="loss: found not one finite number"):
+    with pytest.raises(BadData, match="splitting: loss: found NaN or infinity"):
         splitting(model, data, lambda y, t: y.sum() / 0)
     with pytest.raises(Refused, match="SplittingDescent: found units=0"):
         SplittingDescent(0)

@@ -67,7 +67,7 @@ def test_joint_is_the_least_squares_optimum(k: int, seed: int) -> None:
     best = psi(v) - values.square().sum() / len(v)
     reached = psi(-G - B @ p.alpha.mT @ p.omega.mT - C @ p.delta["weight.o"].mT)
     assert relative(reached, best) < 1e-10
-    assert relative(p.singular_values.square().sum(), psi(v) - best) < 1e-8
+    assert relative(p.singular_values.square().sum(), psi(v) - best) < 1e-10
     plain = ig.Tiny(k).propose(s)
     assert reached <= psi(-G - B @ plain.alpha.mT @ plain.omega.mT, C) * (1 + 1e-10)
 
@@ -86,7 +86,21 @@ def test_alpha_is_proportional_to_S_inverse_N_v(k: int, seed: int) -> None:
     direction = torch.linalg.pinv(s.S, hermitian=True) @ s.N @ p.omega
     for a, d in zip(p.alpha, direction.mT, strict=True):
         assert abs(float(F.cosine_similarity(a, d, dim=0))) > 1 - 1e-10
-    assert relative(p.alpha.mT @ p.omega.mT, p.alpha.mT @ p.omega.mT) == 0
+
+
+@given(st.integers(1, 5), st.integers(0, 10_000), st.booleans())
+def test_alpha_and_omega_satisfy_their_equations(k: int, seed: int, projection: bool) -> None:
+    """alpha_k = sqrt(lambda_k) S^{-1/2} u_k and omega_k = sqrt(lambda_k) v_k, up to the sign of each pair."""
+    s, *_ = made(seed=seed)
+    p = ig.Tiny(k, projection=projection).propose(s)
+    values, vectors = torch.linalg.eigh(s.S)
+    root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
+    U, sizes, Vh = torch.linalg.svd(root @ (s.N if projection else -s.M_prev), full_matrices=False)
+    assert relative(p.singular_values, sizes[:k]) < 1e-10
+    for i in range(k):
+        gap = min(abs(float(sizes[i] - other)) for j, other in enumerate(sizes) if j != i) / float(sizes[0])
+        alpha, omega = sizes[i].sqrt() * root @ U[:, i], sizes[i].sqrt() * Vh[i]
+        assert relative(torch.outer(p.omega[:, i], p.alpha[i]), torch.outer(omega, alpha)) < 1e-11 / gap
 
 
 @given(st.integers(1, 4), st.integers(0, 10_000))

@@ -55,6 +55,11 @@ def proposal(
     notes: tuple[str, ...] = (),
 ) -> Proposal:
     """The proposal with these columns, each folded into the slice of its bundle. `move` `[g, c]` is a dW*."""
+    if getattr(method, "taps", "full") == "centre" and any(
+        b.tap is None and len(b.shape) == 3 and b.taps > 1 for b in statistics.fan_out
+    ):
+        who = f"{type(method).__name__}: site {statistics.site!r}"
+        raise Refused(who, "statistics of all taps", "of the centre tap", do="probe with taps='centre'")
     units, at = alpha.shape[1], 0
     fan_in, bias = {}, None
     for block in statistics.fan_in:

@@ -37,8 +37,8 @@ class Copies(Bindable):
     line search would change copies that are exact.
 
     `SplitUnit` is the same as a pass, unit by unit, also through depthwise convolutions.
-    Refused: depthwise convolutions, norms or biases along the site that a new unit would not have, bundles
-    from the site into itself, shared sparse weights (with "share").
+    Refused: concatenations, depthwise convolutions, norms or biases along the site that a new unit would not
+    have, bundles from the site into itself, shared sparse weights (with "share").
     Source: Net2WiderNet, arXiv:1511.05641, section 2.2 (random units, noise).
     """
 
@@ -88,6 +88,10 @@ class Copies(Bindable):
             group = network.groups[name]
             if name not in entered and (group.bias is not None or group.norm is not None):
                 raise Refused(who, f"a bias or norm of {name!r}, which a new unit would not have", "none", do=split)
+        sizes = {name: network.groups[name].units for name in geometry.site.groups}
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"{name!r} of {units} units" for name, units in sizes.items())
+            raise Refused(who, f"a concatenation: {found}", "groups of one size", do=split)
         both = sorted(set(geometry.site.entering) & set(geometry.site.leaving))
         if both:
             raise Refused(who, f"bundle {both[0]!r} from the site into itself", "none", do=split)

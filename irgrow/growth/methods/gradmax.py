@@ -15,6 +15,7 @@ from irgrow.growth.methods.base import (
     require_first_order,
     require_units,
 )
+from irgrow.ir.errors import Refused
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.statistics import Statistics
 from irgrow.kernels.topk import top_singular
@@ -37,6 +38,11 @@ class GradMax:
     zero would never move. Where the activation is not smooth the fan-in is `kick` times the direction of
     its first gradient step: far below rounding of the outputs, but on the active side.
 
+    `eps`: random fan-ins of that norm instead of zero (section 4.2, for groups with a batch norm in train mode,
+    whose first step from exactly zero is by 1/sqrt(its eps); the paper takes 1e-4). Outputs then change a little.
+    `mode`: `train` asks `fit` for statistics in train mode (`probe(..., mode="train")`), which give the gradient of
+    a training step through a batch norm, E[g (h - E h)^T] / sqrt(its eps).
+
     Gain: ||E[dL/d fan-in]||^2, the first-order decrease per unit of learning rate (`gain_unit` `gradient`).
     """
 
@@ -44,15 +50,20 @@ class GradMax:
     scaling: str = "mean_norm"
     scale: float = 1.0
     kick: float = 1e-15
+    eps: float = 0.0
     threshold: float = 1e-6  # singular values below this times the largest count as zero
     seed: int = 0
     taps: str = "full"
+    mode: str = "eval"
 
     needs: ClassVar[tuple[str, ...]] = ("M_prev",)
 
     def __post_init__(self) -> None:
         require_choice(self, "scaling", ("mean_norm", "fixed", "paper", "sigma"))
+        require_choice(self, "mode", ("eval", "train"))
         require_units(self)
+        if not (self.eps >= 0 and self.kick >= 0):
+            raise Refused("GradMax", f"eps={self.eps}, kick={self.kick}", "0 or more")
 
     def propose(self, statistics: Statistics) -> Proposal:
         """The units with the largest fan-in gradient; Refused for an activation that does not fit."""
@@ -71,7 +82,10 @@ class GradMax:
         omega = omega * self._norms(values, statistics)
         step = -gradient.mT @ omega  # [b, k]: minus the gradient of the fan-in
         alpha = torch.zeros_like(step)
-        if not statistics.smooth and self.kick:
+        if self.eps:
+            alpha = torch.randn(step.shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+            alpha = (self.eps * alpha / alpha.norm(dim=0)).to(step.device)
+        elif not statistics.smooth and self.kick:
             alpha = self.kick * step / step.norm(dim=0).clamp(min=torch.finfo(step.dtype).tiny)
         return proposal(
             self,

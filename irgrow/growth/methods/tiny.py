@@ -97,7 +97,9 @@ class Tiny:
             )
         root, notes = self._root(statistics)
         P = desired if root is None else root.apply_inverse(desired)
-        fisher = self._fisher(statistics) if self.fisher else []
+        if self.projection or self.delta == "apply":
+            notes.extend(statistics.singular)
+        fisher = self._fisher(statistics, notes) if self.fisher else []
         P = _on_outputs(P, statistics, fisher)
         top = top_singular(P, min(self.units, *P.shape))
         U, values, V = top.U, top.s, top.V
@@ -145,9 +147,15 @@ class Tiny:
             notes.append(f"S is singular: {root.note}")
         return root, notes
 
-    def _fisher(self, statistics: Statistics) -> list[Whitening]:
+    def _fisher(self, statistics: Statistics, notes: list[str]) -> list[Whitening]:
+        """A whitening of every target's gradients; what was given up is added to the notes."""
         assert statistics.E is not None
-        return [whiten(statistics.E[g, g]) for g, _ in statistics.targets.values()]
+        found = []
+        for name, (g, _) in statistics.targets.items():
+            found.append(whiten(statistics.E[g, g]))
+            if found[-1].rank < g.stop - g.start:
+                notes.append(f"E of {name!r} is singular: {found[-1].note}")
+        return found
 
     def _move(self, statistics: Statistics, alpha: Tensor, omega: Tensor, fisher: list[Whitening]) -> Tensor:
         """dW `[g, c]` at amplitude 1: the best move, refitted beside the units if they were chosen jointly."""
