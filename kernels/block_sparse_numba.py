@@ -15,91 +15,15 @@ import sys
 import zlib
 from typing import Any
 
-from llvmlite import ir
 from numba import int32, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from irgrow.kernels import activations_numba, lanes
+from irgrow.kernels import activations_numba, lanes, tiles
 from irgrow.kernels.activations_numba import activate, chain, compiled, store_slopes, stores_slope
-from irgrow.kernels.lanes import LanesType, add, constant, lanes_of, load, pointer, splat, store, total, totals
+from irgrow.kernels.lanes import add, constant, lanes_of, load, pointer, splat, store, total, totals
+from irgrow.kernels.tiles import ROWS, dots, grow_one, grow_two
 
-SOURCES = zlib.crc32("".join(inspect.getsource(m) for m in (activations_numba, lanes, sys.modules[__name__])).encode())
-ROWS = 8  # of the register tile of a product; divides every block size
-_I64 = ir.IntType(64)
-
-
-# --- register tiles -------------------------------------------------------------------------------------------
-
-
-def _tile(lines: int) -> Any:
-    """sums[r, l] + sum over k of a[at + r row + k step] * x[start + k pitch + line l], for ROWS rows."""
-
-    @intrinsic
-    def grown(_typing, sums, a, at, row, step, count, x, start, pitch):
-        vector = lanes._vector(x.dtype)
-
-        def generate(context, builder, signature, arguments):
-            sums, a, at, row, step, count, x, start, pitch = arguments
-            held = [cgutils.alloca_once_value(builder, builder.extract_value(sums, k)) for k in range(ROWS * lines)]
-            with cgutils.for_range(builder, count) as loop:
-                base = builder.add(start, builder.mul(loop.index, pitch))
-                values = [_line(builder, x, builder.add(base, _I64(l * vector.count)), vector) for l in range(lines)]
-                first = builder.add(at, builder.mul(loop.index, step))
-                for r in range(ROWS):
-                    weight = builder.load(builder.gep(a, [builder.add(first, builder.mul(row, _I64(r)))]))
-                    weight = _spread(builder, weight, vector)
-                    for l, value in enumerate(values):
-                        _fuse(builder, held[r * lines + l], weight, value)
-            return context.make_tuple(builder, signature.return_type, [builder.load(place) for place in held])
-
-        return sums(sums, a, types.int64, types.int64, types.int64, types.int64, x, types.int64, types.int64), generate
-
-    return grown
-
-
-@intrinsic
-def _dots(_typing, like, a, at, a_pitch, b, start, b_pitch, count):
-    """16 lines of partial sums over `count` lines: a[at + r a_pitch + l] * b[start + c b_pitch + l], r, c in 0..3."""
-    result = types.UniTuple(LanesType(like), 16)
-    vector = lanes._vector(like)
-
-    def generate(context, builder, signature, arguments):
-        _, a, at, a_pitch, b, start, b_pitch, count = arguments
-        zero = ir.Constant(vector, [0.0] * vector.count)
-        held = [cgutils.alloca_once_value(builder, zero) for _ in range(16)]
-        with cgutils.for_range(builder, count) as loop:
-            offset = builder.mul(loop.index, _I64(vector.count))
-
-            def four(source, first, pitch):
-                places = [builder.add(builder.add(first, offset), builder.mul(pitch, _I64(r))) for r in range(4)]
-                return [_line(builder, source, place, vector) for place in places]
-
-            right = four(b, start, b_pitch)
-            for r, left in enumerate(four(a, at, a_pitch)):
-                for c in range(4):
-                    _fuse(builder, held[4 * r + c], left, right[c])
-        return context.make_tuple(builder, result, [builder.load(place) for place in held])
-
-    return result(like, a, types.int64, types.int64, b, types.int64, types.int64, types.int64), generate
-
-
-def _line(builder, source, at, vector):
-    place = builder.bitcast(builder.gep(source, [at]), vector.as_pointer())
-    return builder.load(place, align=4 if vector.count == 16 else 8)
-
-
-def _spread(builder, number, vector):
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lanes._places([0] * vector.count))
-
-
-def _fuse(builder, place, a, b):
-    product = builder.fmul(a, b, flags=("contract",))
-    builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
-
-
-_two, _one = _tile(2), _tile(1)
+_FILES = (activations_numba, lanes, tiles, sys.modules[__name__])
+SOURCES = zlib.crc32("".join(inspect.getsource(file) for file in _FILES).encode())
 
 
 # --- what they are for ----------------------------------------------------------------------------------------
@@ -136,7 +60,7 @@ def _multiply(like, operands):
                 for e in range(start[i], start[i + 1]):
                     block = types.int64(number[e]) if blocks != 0 else e
                     begin = types.int64(source[block]) * size * x_pitch + column
-                    sums = _two(sums, a, block * size * size + r * row, row, step, size, x, begin, x_pitch)
+                    sums = grow_two(sums, a, block * size * size + r * row, row, step, size, x, begin, x_pitch)
                 for k in range(ROWS):
                     store(y, out + k * pitch, sums[2 * k])
                     store(y, out + k * pitch + line, sums[2 * k + 1])
@@ -145,7 +69,7 @@ def _multiply(like, operands):
                 for e in range(start[i], start[i + 1]):
                     block = types.int64(number[e]) if blocks != 0 else e
                     begin = types.int64(source[block]) * size * x_pitch + column
-                    narrow = _one(narrow, a, block * size * size + r * row, row, step, size, x, begin, x_pitch)
+                    narrow = grow_one(narrow, a, block * size * size + r * row, row, step, size, x, begin, x_pitch)
                 for k in range(ROWS):
                     store(y, out + k * pitch, narrow[k])
             stop = 2 * line if wide else line
@@ -194,7 +118,7 @@ def _gradients(like, operands):
         left, right, out = types.int64(row[e]) * size, types.int64(column[e]) * size, e * size * size
         for r in range(0, size, 4):
             for c in range(0, size, 4):
-                sums = _dots(like, dz, (left + r) * pitch, pitch, x, (right + c) * x_pitch, x_pitch, count)
+                sums = dots(like, dz, (left + r) * pitch, pitch, x, (right + c) * x_pitch, x_pitch, count)
                 for k in range(4):
                     at = out + (r + k) * size + c
                     d[at], d[at + 1], d[at + 2], d[at + 3] = totals(
