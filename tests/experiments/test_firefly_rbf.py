@@ -23,19 +23,19 @@ def test_teacher_and_student() -> None:
 
 
 def test_new_neurons_get_further_than_splits() -> None:
-    new, split = (grown(how, 9, iterations=400).errors for how in ("firefly", "firefly, splits only"))
+    new, split = (grown(how, 9, iterations=250).errors for how in ("firefly", "firefly, splits only"))
     assert len(new) == 10 and new[-1] < 1e-3 and split[-1] > 1e-1
     assert new[-1] < new[4] < new[0]
     with pytest.raises(UnknownName, match="method 'wishing': expected one of firefly"):
         grown("wishing", 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_grows_and_is_deterministic(method: str) -> None:
-    first, second = (grown(method, 1, neurons=3, iterations=20) for _ in range(2))
-    assert first.errors == second.errors and first.neurons == second.neurons
-    assert first.neurons[-1] == 3 or first.notes
-    assert all(0 < error < 2 for error in first.errors)
+def test_every_method_grows_and_is_deterministic() -> None:
+    for method in METHODS:
+        first, second = (grown(method, 1, neurons=3, iterations=10) for _ in range(2))
+        assert first.errors == second.errors and first.neurons == second.neurons
+        assert first.neurons[-1] == 3 or first.notes
+        assert first.errors[-1] < first.errors[0], method
 
 
 def test_the_experiment(tmp_path: Path) -> None:
