@@ -86,8 +86,11 @@ class WidenUnits(Pass):
             return
         fresh = close(network, {self.group: with_new_units(network, self.group, self.units)})
         draw = torch.Generator().manual_seed(self.seed)
-        for name in Site.of(network, self.group).entering:
+        site = Site.of(network, self.group)
+        for name in dict.fromkeys((*site.entering, *site.inner)):
             bundle = edit.bundles[name]
+            if bundle.target not in maps:
+                continue
             noise = self.noise * torch.randn(bundle.weight.shape, generator=draw, dtype=torch.float64)
             new = fresh[bundle.target].fresh
             assert maps[bundle.target].units == fresh[bundle.target].units

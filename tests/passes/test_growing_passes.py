@@ -222,7 +222,7 @@ def test_grouped_convolutions_grow_every_group() -> None:
     )
     net = b.build()
     for site, shape in (("a", (6, 3, 3, 3)), ("g", (8, 2, 3, 3))):
-        (pass_,) = [p for p in places(net, [AddUnits]) if isinstance(p, AddUnits) and p.proposal.site == site]
+        pass_, *_ = [p for p in places(net, [AddUnits]) if isinstance(p, AddUnits) and p.proposal.site == site]
         after = assert_promise(pass_, net).after
         assert tuple(after.tensors()["weight.a_g"].shape) == shape
 
