@@ -12,7 +12,7 @@ from irgrow.passes.add_units import AddUnits
 from irgrow.passes.base import Pass, Sequence, register, registered
 from irgrow.passes.edges import AddEdges, RemoveEdges
 from irgrow.passes.embed import Densify, EmbedConv
-from irgrow.passes.freeze import Freeze, Unfreeze
+from irgrow.passes.freeze import Freeze, FreezeEntries, Unfreeze, UnfreezeEntries
 from irgrow.passes.insert_edge import InsertOnEdge
 from irgrow.passes.insert_neuron import InsertNeuron
 from irgrow.passes.merge import MergeUnits
@@ -37,6 +37,7 @@ __all__ = [
     "Densify",
     "EmbedConv",
     "Freeze",
+    "FreezeEntries",
     "InsertNeuron",
     "InsertOnEdge",
     "MergeUnits",
@@ -47,6 +48,7 @@ __all__ = [
     "SplitUnit",
     "SplitUnits",
     "Unfreeze",
+    "UnfreezeEntries",
     "WidenUnits",
     "list",
     "register",

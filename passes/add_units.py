@@ -41,7 +41,7 @@ class AddUnits(Pass):
     wherever that closes no cycle of neurons: units that read every old one feed none of these, and so on.
 
     Promise: SameFunction if nothing can reach the targets (fan-out zero, or fan-in zero with sigma(0) = 0)
-    and there is no delta; Changes under a layer or group norm; else FirstOrder in what is fresh.
+    and there is no delta (which leaves frozen entries as they are); Changes under a layer or group norm; else FirstOrder in what is fresh.
     Refused: a target that aggregates by max, edges that would close a cycle of neurons, shapes that do not fit.
     """
 
@@ -200,18 +200,17 @@ def _may_close_a_cycle(network: Network, site: Site, p: Proposal) -> bool:
 def _inside(network: Network, site: Site, drawn: Proposal) -> Iterator[AddUnits]:
     """The proposal with edges in one inner bundle too, on either side where no cycle arises."""
     for name in site.inner:
-        for side, slices in (("fan_in", drawn.fan_in), ("fan_out", drawn.fan_out)):
+        for enters in (True, False):
             try:
-                shape = slice_shape(network, name, **{_ARGUMENT[side]: drawn.units})
-                weight = torch.full(shape, 0.3, dtype=network.dtype)
-                candidate = AddUnits(replace(drawn, **{side: {**slices, name: weight}}))
+                ends = {"entering": drawn.units} if enters else {"leaving": drawn.units}
+                edges = {name: torch.full(slice_shape(network, name, **ends), 0.3, dtype=network.dtype)}
+                into = {**drawn.fan_in, **(edges if enters else {})}
+                outof = {**drawn.fan_out, **({} if enters else edges)}
+                candidate = AddUnits(replace(drawn, fan_in=into, fan_out=outof))
                 candidate.requires(network)
             except Refused:
                 continue
             yield candidate
-
-
-_ARGUMENT = {"fan_in": "entering", "fan_out": "leaving"}
 
 
 def _same_names(who: str, what: str, found: Any, expected: tuple[str, ...], allowed: Sequence[str]) -> None:

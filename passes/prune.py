@@ -125,6 +125,8 @@ class PruneUnits(Pass):
             target = network.groups[bundle.target]
             if target.bias is None or target.aggregation == "max":
                 raise Refused(who, f"target {target.name!r} without a bias", "a bias that takes what the units gave")
+            if f"bias.{target.name}" in network.frozen:
+                raise Refused(who, f"target {target.name!r} with frozen biases", "biases that take what the units gave")
             s, t, w = bundle.pattern.all_edges(*network.shapes(bundle))
             given = constant[s] * bundle.weight.detach().double().flatten().cpu().numpy()[w]
             moved = np.bincount(t, given, size(target.shape)).reshape(target.units, -1)

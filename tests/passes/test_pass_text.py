@@ -45,7 +45,7 @@ def test_sequences_are_flat() -> None:
 
 def test_proposals_are_found_by_their_hash() -> None:
     net = ig.mlp([3, 4, 2])
-    (pass_,) = places(net, [AddUnits])
+    pass_ = places(net, [AddUnits])[0]
     assert isinstance(pass_, AddUnits)
     text = str(pass_)
     assert text == f"AddUnits(proposal='proposal:{pass_.proposal.hash}')"
