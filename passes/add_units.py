@@ -41,7 +41,8 @@ class AddUnits(Pass):
     wherever that closes no cycle of neurons: units that read every old one feed none of these, and so on.
 
     Promise: SameFunction if nothing can reach the targets (fan-out zero, or fan-in zero with sigma(0) = 0)
-    and there is no delta (which leaves frozen entries as they are); Changes under a layer or group norm; else FirstOrder in what is fresh.
+    and there is no delta (which leaves frozen entries alone); Changes under a layer or group norm; else
+    FirstOrder in what is fresh.
     Refused: a target that aggregates by max, edges that would close a cycle of neurons, shapes that do not fit.
     """
 

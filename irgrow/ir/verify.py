@@ -1,8 +1,9 @@
 """`verify(network)`: every invariant of a well-formed network, each with an error of its own.
 
 Names (BadName), roles and properties (BadProperty), shapes (BadShape), serials (BadSerial), tensor sizes
-(WeightSize), masks of frozen entries (BadName, WeightSize), finite values (NonFinite), edges that exist (DanglingEdge), no edge twice (DuplicateEdge), no
-loops between neurons (CyclicNetwork), outputs that some input reaches (Unreachable).
+(WeightSize), masks of frozen entries (BadName, WeightSize), finite values (NonFinite), edges that exist
+(DanglingEdge), no edge twice (DuplicateEdge), no loops between neurons (CyclicNetwork), outputs that some
+input reaches (Unreachable).
 """
 
 from __future__ import annotations

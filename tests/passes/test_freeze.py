@@ -134,7 +134,7 @@ def test_they_stay_through_growth_and_undo() -> None:
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     train(model, optimizer)
     kept, point = still(model), model.snapshot(optimizer)
-    added = [p for p in AddUnits.places(model.structure) if p.proposal.site == "hidden1"][0]
+    added = next(p for p in AddUnits.places(model.structure) if p.proposal.site == "hidden1")
     model.grow(added(model.network()), optimizer)
     train(model, optimizer)
     for name, values in still(model).items():
