@@ -13,7 +13,7 @@ from irgrow.ir.errors import Refused
 from irgrow.ir.morphism import Changes, Promise, SameFunction
 from irgrow.ir.network import Bundle, Network, Unit
 from irgrow.ir.pattern import size
-from irgrow.ir.units import UnitMap, close
+from irgrow.ir.units import UnitMap, close, parts_of
 from irgrow.passes.base import Pass, register
 from irgrow.passes.wiring import Ints, leaving_weights, refuse_broken
 
@@ -44,7 +44,7 @@ class PruneUnits(Pass):
             units = [Unit(name, s) for s in group.serials.tolist()]
             alone = [cls((unit,)) for unit in units[:32]]
             silent = [p.units[0] for p in alone if p._applies(network) and p._silent(network)]
-            for chosen in dict.fromkeys((tuple(silent), tuple(units[:1]), tuple(units[-2:]))):
+            for chosen in dict.fromkeys((tuple(silent), tuple(units[:1]), tuple(units[-2:]), _one_each(network, name))):
                 if cls(chosen)._applies(network):
                     yield cls(chosen)
 
@@ -134,6 +134,16 @@ class PruneUnits(Pass):
                 raise Refused(who, f"target {target.name!r}, whose positions would need different biases", "equal ones")
             bias = edit.tensor(f"bias.{target.name}")
             edit.write(f"bias.{target.name}", bias + torch.from_numpy(moved[:, 0]).to(bias))
+
+
+def _one_each(network: Network, group: str) -> tuple[Unit, ...]:
+    """One unit of every channel group."""
+    try:
+        parts = parts_of(network, group)
+    except Refused:  # units that only go in blocks
+        parts = 1
+    serials = network.groups[group].serials.tolist()
+    return tuple(Unit(group, s) for s in serials[:: max(1, len(serials) // parts)])
 
 
 def _ties(bundle: Bundle, maps: dict[str, UnitMap]) -> bool:

@@ -18,7 +18,7 @@ from irgrow.ir.network import Bundle, Network, Unit
 from irgrow.ir.pattern import Local2d, Sparse, size
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.site import Site, slice_shape
-from irgrow.ir.units import UnitMap, close, fits
+from irgrow.ir.units import UnitMap, close, fits, parts_of
 from irgrow.passes.base import Pass, register
 from irgrow.passes.exactness import refuse_max_targets, refuse_norm_across_units
 
@@ -53,7 +53,8 @@ class SplitUnits(Pass):
     def places(cls, network: Network) -> Iterator[SplitUnits]:
         for site in Site.all(network):
             serials = network.groups[site.name].serials.tolist()
-            for chosen in (serials[:1], serials[-2:]):
+            part = max(1, len(serials) // parts_of(network, site.name))
+            for chosen in dict.fromkeys((tuple(serials[:1]), tuple(serials[-2:]), tuple(serials[::part]))):
                 units = tuple(Unit(site.name, s) for s in chosen)
                 for offsets in (None, _drawn(network, site, units)):
                     candidate = cls(units, offsets)

@@ -15,7 +15,7 @@ from irgrow.ir.morphism import FirstOrder, Promise, SameFunction
 from irgrow.ir.network import Network, Unit
 from irgrow.ir.pattern import Local2d, Sparse, size
 from irgrow.ir.site import Site
-from irgrow.ir.units import UnitMap, blocks, close, fits, with_new_units
+from irgrow.ir.units import UnitMap, close, fits, parts_of, with_new_units
 from irgrow.passes.base import Pass, register
 from irgrow.passes.exactness import refuse_max_targets, refuse_norm_across_units
 
@@ -117,9 +117,7 @@ class WidenUnits(Pass):
         if self.copies is not None:
             index[new] = [network.index(unit) for unit in self.copies]
         else:
-            units = network.groups[self.group].units
-            reach = close(network, {self.group: UnitMap(np.r_[np.arange(units), -1])}, checked=False)
-            part = units // blocks(network, reach)
+            part = network.groups[self.group].units // parts_of(network, self.group)
             draw = np.random.default_rng(self.seed)
             # a new unit copies one of its own channel group, which begins where its old units begin
             begins = np.maximum.accumulate(np.where(index >= 0, index // part * part, 0))[new]

@@ -116,13 +116,24 @@ class Edit:
         return found
 
     def write(self, name: str, value: Tensor) -> None:
-        """Sets a tensor's values; where it comes from stays (the difference is fresh). Frozen entries keep theirs."""
+        """Sets a tensor's values; where it comes from stays (the difference is fresh).
+
+        Entries that come from frozen ones, or from fixed weights, keep theirs.
+        """
         old = self.tensor(name)
         if value.shape != old.shape:
             raise BadShape(f"tensor {name!r}", tuple(value.shape), tuple(old.shape))
         value = value.detach().to(old)
-        still = self.frozen(name)
+        still = self._still(name)
         self._put(name, value if still is None else torch.where(still.to(old.device), old.detach(), value))
+
+    def _still(self, name: str) -> Tensor | None:
+        """Which entries of a tensor are not to be written."""
+        fixed = {bundle.tensor for bundle in self.before.bundles.values() if not bundle.trainable}
+        parts = [g.covers() for g in self._gathers.get(name, ()) if g.source in fixed]
+        frozen = self.frozen(name)
+        parts += [] if frozen is None else [frozen]
+        return torch.stack(parts).any(0) if parts else None
 
     def frozen(self, name: str) -> Tensor | None:
         """Which entries of a tensor of the network in progress are frozen; None: none."""

@@ -61,17 +61,21 @@ class Morphism:
     def tensors(self, current: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
         """The new tensors for the *current* old ones: gather(current) + scale * (after - gather(before)).
 
-        `scale` multiplies what is trained; fixed weights and running statistics are no amplitude.
+        `scale` multiplies what is trained, and what joins fixed weights; new fixed weights (an identity's 1) and
+        running statistics are no amplitude.
         """
         old, found = self.before.tensors(), {}
-        trained = set(self.after.trainable()) if scale != 1.0 else set()
+        scaled: set[str] = set()
+        if scale != 1.0:
+            scaled |= {n for n in self.after.tensors() if n.startswith("weight.") and self.lineage.gathers[n]}
+            scaled |= {*self.after.trainable()}
         for name, after in self.after.tensors().items():
             if self.lineage.unchanged(name) and after is old.get(name):
                 found[name] = current[name]
                 continue
             gathered = self.lineage.gather(current, name, after).to(after.dtype)
             fresh = after.to(gathered.device) - self.lineage.gather(old, name, after).to(gathered)
-            found[name] = gathered + (scale * fresh if name in trained else fresh)
+            found[name] = gathered + (scale * fresh if name in scaled else fresh)
         return found
 
     def verify(
