@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class AddUnits(Pass):
     """
 
     proposal: Proposal
+    reference: ClassVar[str] = "GradMax, arXiv:2201.05125, section 3; TINY, Verbockhaven et al. 2024"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[AddUnits]:

@@ -55,7 +55,7 @@ class AddEdges(Pass):
         arise. Equal magnitudes are taken in the order given.
 
         BadData: a gradient of the wrong shape or with NaN. Refused: fewer candidates than `count`.
-        Source: NeST, section 3.2 (gradient-based growth of dormant connections).
+        Source: NeST, arXiv:1711.02017 (gradient-based growth of dormant connections).
         """
         values, parents, children = [np.empty(0)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for (source, target), gradient in gradients.items():
@@ -160,6 +160,7 @@ class RemoveEdges(Pass):
 
     edges: Pairs
     bundle: str | None = None
+    reference: ClassVar[str] = "NeST, arXiv:1711.02017 (magnitude-based pruning)"
 
     @classmethod
     def below(cls, network: Network, threshold: float, bundle: str) -> RemoveEdges:

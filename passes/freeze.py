@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,17 +15,22 @@ from irgrow.ir.errors import BadShape, Refused, UnknownName
 from irgrow.ir.network import Network
 from irgrow.passes.base import Pass, register
 
+LOCKED = "Firefly, arXiv:2102.08574, algorithm 2 (locked weights)"
+
 
 @register
 @dataclass(frozen=True)
 class Freeze(Pass):
     """The bundle's weights are fixed: no parameter, no gradient; every output stays the same.
 
+        a --W (trained)--> b     becomes     a --W (fixed)--> b
+
     It freezes the whole bundle, and what units added later bring to it; for some weights, or biases and
     norms, see FreezeEntries. Refused: a bundle that is fixed already.
     """
 
     bundle: str
+    reference: ClassVar[str] = LOCKED
 
     @classmethod
     def places(cls, network: Network) -> Iterator[Freeze]:
@@ -43,10 +49,13 @@ class Freeze(Pass):
 class Unfreeze(Pass):
     """The bundle's weights are trained; every output stays the same.
 
+        a --W (fixed)--> b     becomes     a --W (trained)--> b
+
     They have no optimizer state yet. Refused: a bundle that is trained already.
     """
 
     bundle: str
+    reference: ClassVar[str] = LOCKED
 
     @classmethod
     def places(cls, network: Network) -> Iterator[Unfreeze]:
@@ -66,6 +75,7 @@ class _Entries(Pass):
 
     tensor: str
     entries: tuple[int, ...]
+    reference: ClassVar[str] = LOCKED
 
     @classmethod
     def where(cls, network: Network, tensor: str, mask: Tensor) -> _Entries:
@@ -122,6 +132,8 @@ class _Entries(Pass):
 class FreezeEntries(_Entries):
     """These entries of a weight, bias or norm keep their bits whatever trains the rest; outputs stay the same.
 
+        W     becomes     W with W[entries] frozen, until UnfreezeEntries
+
     No gradient reaches them, and no optimizer's weight decay or momentum moves them. The mask follows the
     lineage: an entry that later comes from a frozen one is frozen, new entries are not. An entry of a shared
     weight (a convolution's) is frozen at every edge. `FreezeEntries.where(network, tensor, mask)` makes one
@@ -140,6 +152,8 @@ class FreezeEntries(_Entries):
 @dataclass(frozen=True)
 class UnfreezeEntries(_Entries):
     """These entries of a weight, bias or norm are trained again; every output stays the same.
+
+        W with W[entries] frozen     becomes     W
 
     Refused: entries out of range or not frozen.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class PruneUnits(Pass):
 
     units: tuple[Unit, ...]
     means: tuple[float, ...] | None = None
+    reference: ClassVar[str] = "NeST, arXiv:1711.02017 (magnitude-based pruning)"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[PruneUnits]:
