@@ -12,7 +12,7 @@ from irgrow.passes.add_units import AddUnits
 from irgrow.passes.base import Pass, Sequence, register, registered
 from irgrow.passes.edges import AddEdges, RemoveEdges
 from irgrow.passes.embed import Densify, EmbedConv
-from irgrow.passes.freeze import Freeze, Unfreeze
+from irgrow.passes.freeze import Freeze, FreezeEntries, Unfreeze, UnfreezeEntries
 from irgrow.passes.insert_edge import InsertOnEdge
 from irgrow.passes.insert_neuron import InsertNeuron
 from irgrow.passes.merge import MergeUnits
@@ -22,9 +22,20 @@ from irgrow.passes.split_offset import SplitUnits
 from irgrow.passes.widen import WidenUnits
 
 
-def list() -> dict[str, type[Pass]]:
+class Listing(dict[str, type[Pass]]):
+    """Passes by name; prints as one line for each: what is true afterwards, and the source."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self), default=0)
+        lines = ((name, (kind.__doc__ or "").partition("\n")[0], kind.reference) for name, kind in self.items())
+        return "\n".join(f"{name:<{width}}  {what}{f' ({source})' if source else ''}" for name, what, source in lines)
+
+    __repr__ = __str__
+
+
+def list() -> Listing:
     """Every registered pass by name."""
-    return registered()
+    return Listing(registered())
 
 
 __all__ = [
@@ -37,6 +48,7 @@ __all__ = [
     "Densify",
     "EmbedConv",
     "Freeze",
+    "FreezeEntries",
     "InsertNeuron",
     "InsertOnEdge",
     "MergeUnits",
@@ -47,6 +59,7 @@ __all__ = [
     "SplitUnit",
     "SplitUnits",
     "Unfreeze",
+    "UnfreezeEntries",
     "WidenUnits",
     "list",
     "register",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from irgrow.ir.proposal import Proposal
 from irgrow.ir.site import Site, slice_shape
 from irgrow.ir.units import UnitMap, fits, with_new_units
 from irgrow.passes.base import Pass, register
-from irgrow.passes.exactness import refuse_loops, refuse_max_targets
+from irgrow.passes.exactness import refuse_max_targets
+from irgrow.passes.wiring import refuse_broken
 
 
 @register
@@ -35,23 +36,31 @@ class AddUnits(Pass):
     has scale 1, shift 0, mean 0, variance 1). A grouped convolution or group norm at the site makes every
     channel group grow equally. Sparse bundles get explicit edges to all neurons at their other end.
 
+    In a loop of groups (an insertion-grown graph) new units stand beside the loop: fed and read by what lies
+    outside of it. The sparse bundles inside (`Site.inner`) may be named in `fan_in` or `fan_out` as well,
+    wherever that closes no cycle of neurons: units that read every old one feed none of these, and so on.
+
     Promise: SameFunction if nothing can reach the targets (fan-out zero, or fan-in zero with sigma(0) = 0)
-    and there is no delta; Changes under a layer or group norm; else FirstOrder in what is fresh.
-    Refused: a target that aggregates by max, a site in a loop of groups, shapes that do not fit.
+    and there is no delta (which leaves frozen entries alone); Changes under a layer or group norm; else
+    FirstOrder in what is fresh.
+    Refused: a target that aggregates by max, edges that would close a cycle of neurons, shapes that do not fit.
     """
 
     proposal: Proposal
+    reference: ClassVar[str] = "GradMax, arXiv:2201.05125, section 3; TINY, Verbockhaven et al. 2024"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[AddUnits]:
         for site in Site.all(network):
             for units in (2, 12):  # 12: divisible by the usual channel groups
                 try:
-                    candidate = cls(_drawn(network, site, units))
-                    candidate.requires(network)
+                    drawn = _drawn(network, site, units)
+                    cls(drawn).requires(network)
                 except Refused:
                     continue
-                yield candidate
+                yield cls(drawn)
+                yield cls(drawn.scaled(1.0, 0.0))
+                yield from _inside(network, site, drawn)
                 break
 
     def requires(self, network: Network) -> None:
@@ -59,11 +68,12 @@ class AddUnits(Pass):
         if p.structure != network.structure:
             raise StaleMorphism(who, "a proposal for another structure", "one made for this network", do="probe again")
         site = Site.of(network, p.site)
-        refuse_max_targets(who, network, site)
-        refuse_loops(who, network, site)
+        refuse_max_targets(who, network, site, unused={*site.inner} - p.fan_out.keys())
         maps = _maps(network, site, p.units)
-        _same_names(who, "fan-in", p.fan_in.keys(), site.entering)
-        _same_names(who, "fan-out", p.fan_out.keys(), site.leaving)
+        into = [name for name in site.inner if network.bundles[name].target in site.groups]
+        outof = [name for name in site.inner if network.bundles[name].source in site.groups]
+        _same_names(who, "fan-in", p.fan_in.keys(), site.entering, into)
+        _same_names(who, "fan-out", p.fan_out.keys(), site.leaving, outof)
         for name, tensor in p.fan_in.items():
             new = maps[network.bundles[name].target].fresh.size
             _fits(f"{who}: fan-in of {name!r}", tensor, slice_shape(network, name, entering=new))
@@ -79,6 +89,10 @@ class AddUnits(Pass):
             if name not in current:
                 raise Refused(f"{who}: delta", f"tensor {name!r}", f"one of {', '.join(current)}")
             _fits(f"{who}: delta of {name!r}", tensor, tuple(current[name].shape))
+        if _may_close_a_cycle(network, site, p):
+            trial = Edit(network)
+            self.rewrite(trial)
+            refuse_broken(who, trial)
 
     def promise(self, network: Network) -> Promise:
         p, site = self.proposal, Site.of(network, self.proposal.site)
@@ -104,7 +118,7 @@ class AddUnits(Pass):
         for name, tensor in p.fan_out.items():
             _place(edit, edit.bundles[name], tensor, maps, 1)
         for bundle in list(edit.bundles.values()):
-            inside = bundle.source in maps and bundle.name not in (*site.entering, *site.leaving)
+            inside = bundle.source in maps and bundle.name not in (*site.entering, *site.leaving, *site.inner)
             if inside and isinstance(bundle.pattern, Conv2d):
                 _centre(edit, bundle, maps[bundle.target])
         if p.bias is not None:
@@ -178,9 +192,33 @@ def _grown(edit: Edit, name: str, change: Tensor, maps: dict[str, UnitMap]) -> T
     return after
 
 
-def _same_names(who: str, what: str, found: Any, expected: tuple[str, ...]) -> None:
-    if set(found) != set(expected):
-        raise Refused(f"{who}: {what}", f"weights for {sorted(found)}", f"exactly for {sorted(expected)}")
+def _may_close_a_cycle(network: Network, site: Site, p: Proposal) -> bool:
+    """Whether new units have edges inside a loop of groups."""
+    loops = [names for names, cyclic in network.components if cyclic and {*names} & {*site.groups}]
+    used = [network.bundles[name] for name in (*p.fan_in, *p.fan_out)]
+    return any({b.source, b.target} <= {*names} for b in used for names in loops)
+
+
+def _inside(network: Network, site: Site, drawn: Proposal) -> Iterator[AddUnits]:
+    """The proposal with edges in one inner bundle too, on either side where no cycle arises."""
+    for name in site.inner:
+        for enters in (True, False):
+            try:
+                ends = {"entering": drawn.units} if enters else {"leaving": drawn.units}
+                edges = {name: torch.full(slice_shape(network, name, **ends), 0.3, dtype=network.dtype)}
+                into = {**drawn.fan_in, **(edges if enters else {})}
+                outof = {**drawn.fan_out, **({} if enters else edges)}
+                candidate = AddUnits(replace(drawn, fan_in=into, fan_out=outof))
+                candidate.requires(network)
+            except Refused:
+                continue
+            yield candidate
+
+
+def _same_names(who: str, what: str, found: Any, expected: tuple[str, ...], allowed: Sequence[str]) -> None:
+    if not {*expected} <= {*found} <= {*expected, *allowed}:
+        also = f", and at most for {sorted(allowed)} besides" if allowed else ""
+        raise Refused(f"{who}: {what}", f"weights for {sorted(found)}", f"exactly for {sorted(expected)}{also}")
 
 
 def _fits(who: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

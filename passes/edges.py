@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from irgrow.ir.edit import Edit
-from irgrow.ir.errors import Refused
+from irgrow.ir.errors import BadData, Refused
 from irgrow.ir.morphism import Changes, FirstOrder, Promise, SameFunction
 from irgrow.ir.network import Network
 from irgrow.ir.pattern import Sparse
@@ -27,9 +28,9 @@ class AddEdges(Pass):
 
         u    v     becomes     u --weight--> v
 
-    `edges` are pairs (parent, child) of neuron numbers: which ones is the growth method's choice (NeST takes
-    those whose gradient would be largest). They go into a sparse bundle between the two groups, a new one
-    where there is none; tags of the network are 0 on them.
+    `edges` are pairs (parent, child) of neuron numbers; `AddEdges.largest` takes those of the largest measured
+    gradients (NeST). They go into a sparse bundle between the two groups, a new one where there is none; tags
+    of the network are 0 on them.
 
     Promise: SameFunction if all weights are 0, else FirstOrder in the weights.
     Refused: an edge that exists, into an input, into a group that aggregates by max (weight 0 counts there),
@@ -41,6 +42,45 @@ class AddEdges(Pass):
     edges: Pairs
     weights: tuple[float, ...] | None = None
     reference: ClassVar[str] = "NeST, arXiv:1711.02017, section 3.2"
+
+    @classmethod
+    def largest(
+        cls, network: Network, gradients: Mapping[tuple[str, str], Tensor], count: int, *, step: float = 0.0
+    ) -> AddEdges:
+        """The `count` new edges whose gradients are largest in magnitude, with weights -step * gradient.
+
+        `gradients[source, target]` `[target neurons, source neurons]` is dL/dw of every possible edge between
+        the two groups, E[g_v h_u]: what the parents put out times the gradients at the children's
+        pre-activations. Candidates are pairs without an edge whose child lies deeper, so that no cycle can
+        arise. Equal magnitudes are taken in the order given.
+
+        BadData: a gradient of the wrong shape or with NaN. Refused: fewer candidates than `count`.
+        Source: NeST, arXiv:1711.02017 (gradient-based growth of dormant connections).
+        """
+        values, parents, children = [np.empty(0)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for (source, target), gradient in gradients.items():
+            s, t = network.group(source), network.group(target)
+            who = f"AddEdges.largest: gradient of {source} -> {target}"
+            if tuple(gradient.shape) != (t.neurons, s.neurons):
+                raise BadData(who, f"shape {tuple(gradient.shape)}", (t.neurons, s.neurons))
+            if not bool(gradient.isfinite().all()):
+                raise BadData(who, "NaN or infinity", "finite numbers")
+            free = network.levels[source] < network.levels[target][:, None]
+            free &= target not in network.inputs and t.aggregation != "max"
+            for bundle in network.leaving(source):
+                if bundle.target == target:
+                    a, b, _ = bundle.pattern.all_edges(*network.shapes(bundle))
+                    free[b, a] = False
+            child, parent = np.nonzero(free)
+            values.append(gradient.detach().double().cpu().numpy()[child, parent])
+            parents.append(network.ids(source)[parent])
+            children.append(network.ids(target)[child])
+        value = np.concatenate(values)
+        if not 1 <= count <= value.size:
+            raise Refused("AddEdges.largest", f"{count} edges", f"1 to {value.size}, the edges that could be added")
+        best = np.argsort(-np.abs(value), kind="stable")[:count]
+        ends = (np.concatenate(parts)[best].tolist() for parts in (parents, children))
+        return cls(tuple(zip(*ends, strict=True)), tuple((-step * value[best]).tolist()) if step else None)
 
     @classmethod
     def places(cls, network: Network) -> Iterator[AddEdges]:
@@ -120,6 +160,7 @@ class RemoveEdges(Pass):
 
     edges: Pairs
     bundle: str | None = None
+    reference: ClassVar[str] = "NeST, arXiv:1711.02017 (magnitude-based pruning)"
 
     @classmethod
     def below(cls, network: Network, threshold: float, bundle: str) -> RemoveEdges:

@@ -147,6 +147,7 @@ class Densify(Pass):
 
     bundle: str
     share_state: bool = False
+    reference: ClassVar[str] = "d'Ascoli et al. 2019, section 3"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[Densify]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from irgrow.ir.errors import Refused
 from irgrow.ir.network import Network
 from irgrow.ir.site import Site
 
 
-def refuse_max_targets(who: str, network: Network, site: Site) -> None:
-    """Raises Refused if what leaves the site enters a group that aggregates by max."""
-    for name in site.leaving:
+def refuse_max_targets(who: str, network: Network, site: Site, *, unused: Collection[str] = ()) -> None:
+    """Raises Refused if what leaves the site (`unused` inner bundles aside) enters a group that aggregates by max."""
+    inner = (name for name in site.inner if network.bundles[name].source in site.groups and name not in unused)
+    for name in (*site.leaving, *inner):
         target = network.groups[network.bundles[name].target]
         if target.aggregation == "max":
             raise Refused(

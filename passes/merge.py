@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from irgrow.ir.morphism import Changes, Promise, SameFunction
 from irgrow.ir.network import Bundle, Network, Unit
 from irgrow.ir.pattern import Conv2d, Sparse, size
 from irgrow.ir.site import Site
-from irgrow.ir.units import UnitMap, close, fits
+from irgrow.ir.units import UnitMap, close, fits, parts_of
 from irgrow.passes.base import Pass, register
 from irgrow.passes.exactness import refuse_max_targets, refuse_norm_across_units
 from irgrow.passes.wiring import Ints, refuse_broken
@@ -50,9 +49,11 @@ class MergeUnits(Pass):
     @classmethod
     def places(cls, network: Network) -> Iterator[MergeUnits]:
         for site in Site.all(network):
-            serials = network.groups[site.name].serials.tolist()
-            for one, two in pairwise(serials):
-                candidate = cls(((Unit(site.name, one), Unit(site.name, two)),))
+            units = [Unit(site.name, serial) for serial in network.groups[site.name].serials.tolist()]
+            part = max(1, len(units) // parts_of(network, site.name))
+            for first in range(part - 1):  # a pair in every channel group
+                pairs = tuple((units[n], units[n + 1]) for n in range(first, len(units) - 1, part))
+                candidate = cls(pairs)
                 try:
                     candidate.requires(network)
                 except Refused:

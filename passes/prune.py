@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from irgrow.ir.errors import Refused
 from irgrow.ir.morphism import Changes, Promise, SameFunction
 from irgrow.ir.network import Bundle, Network, Unit
 from irgrow.ir.pattern import size
-from irgrow.ir.units import UnitMap, close
+from irgrow.ir.units import UnitMap, close, parts_of
 from irgrow.passes.base import Pass, register
 from irgrow.passes.wiring import Ints, leaving_weights, refuse_broken
 
@@ -37,6 +38,7 @@ class PruneUnits(Pass):
 
     units: tuple[Unit, ...]
     means: tuple[float, ...] | None = None
+    reference: ClassVar[str] = "NeST, arXiv:1711.02017 (magnitude-based pruning)"
 
     @classmethod
     def places(cls, network: Network) -> Iterator[PruneUnits]:
@@ -44,7 +46,7 @@ class PruneUnits(Pass):
             units = [Unit(name, s) for s in group.serials.tolist()]
             alone = [cls((unit,)) for unit in units[:32]]
             silent = [p.units[0] for p in alone if p._applies(network) and p._silent(network)]
-            for chosen in dict.fromkeys((tuple(silent), tuple(units[:1]), tuple(units[-2:]))):
+            for chosen in dict.fromkeys((tuple(silent), tuple(units[:1]), tuple(units[-2:]), _one_each(network, name))):
                 if cls(chosen)._applies(network):
                     yield cls(chosen)
 
@@ -125,6 +127,8 @@ class PruneUnits(Pass):
             target = network.groups[bundle.target]
             if target.bias is None or target.aggregation == "max":
                 raise Refused(who, f"target {target.name!r} without a bias", "a bias that takes what the units gave")
+            if f"bias.{target.name}" in network.frozen:
+                raise Refused(who, f"target {target.name!r} with frozen biases", "biases that take what the units gave")
             s, t, w = bundle.pattern.all_edges(*network.shapes(bundle))
             given = constant[s] * bundle.weight.detach().double().flatten().cpu().numpy()[w]
             moved = np.bincount(t, given, size(target.shape)).reshape(target.units, -1)
@@ -132,6 +136,16 @@ class PruneUnits(Pass):
                 raise Refused(who, f"target {target.name!r}, whose positions would need different biases", "equal ones")
             bias = edit.tensor(f"bias.{target.name}")
             edit.write(f"bias.{target.name}", bias + torch.from_numpy(moved[:, 0]).to(bias))
+
+
+def _one_each(network: Network, group: str) -> tuple[Unit, ...]:
+    """One unit of every channel group."""
+    try:
+        parts = parts_of(network, group)
+    except Refused:  # units that only go in blocks
+        parts = 1
+    serials = network.groups[group].serials.tolist()
+    return tuple(Unit(group, s) for s in serials[:: max(1, len(serials) // parts)])
 
 
 def _ties(bundle: Bundle, maps: dict[str, UnitMap]) -> bool:

@@ -18,7 +18,7 @@ from irgrow.ir.network import Bundle, Network, Unit
 from irgrow.ir.pattern import Local2d, Sparse, size
 from irgrow.ir.proposal import Proposal
 from irgrow.ir.site import Site, slice_shape
-from irgrow.ir.units import UnitMap, close, fits
+from irgrow.ir.units import UnitMap, close, fits, parts_of
 from irgrow.passes.base import Pass, register
 from irgrow.passes.exactness import refuse_max_targets, refuse_norm_across_units
 
@@ -53,7 +53,8 @@ class SplitUnits(Pass):
     def places(cls, network: Network) -> Iterator[SplitUnits]:
         for site in Site.all(network):
             serials = network.groups[site.name].serials.tolist()
-            for chosen in (serials[:1], serials[-2:]):
+            part = max(1, len(serials) // parts_of(network, site.name))
+            for chosen in dict.fromkeys((tuple(serials[:1]), tuple(serials[-2:]), tuple(serials[::part]))):
                 units = tuple(Unit(site.name, s) for s in chosen)
                 for offsets in (None, _drawn(network, site, units)):
                     candidate = cls(units, offsets)
@@ -87,8 +88,8 @@ class SplitUnits(Pass):
         if offsets.fan_out or offsets.delta:
             raise Refused(who, "offsets with a fan-out or delta", "a fan-in only: what leaves the units is halved")
         for name, offset in offsets.fan_in.items():
-            if name not in site.entering:
-                raise Refused(f"{who}: offsets", f"bundle {name!r}", f"one of {', '.join(site.entering)}")
+            if name not in _entering(network, site):
+                raise Refused(f"{who}: offsets", f"bundle {name!r}", f"one of {', '.join(_entering(network, site))}")
             bundle = network.bundles[name]
             split = _split(maps[bundle.target])
             shape = slice_shape(network, name, entering=split.size)
@@ -192,9 +193,15 @@ def _spread(
     return whole
 
 
+def _entering(network: Network, site: Site) -> list[str]:
+    """The bundles that enter the site's units, those of a loop of groups too."""
+    inner = (name for name in site.inner if network.bundles[name].target in site.groups)
+    return list(dict.fromkeys((*site.entering, *inner)))
+
+
 def _biased(network: Network, site: Site) -> list[str]:
     """The groups of the site that a unit's bias belongs to: those that something enters."""
-    targets = dict.fromkeys(network.bundles[name].target for name in site.entering)
+    targets = dict.fromkeys(network.bundles[name].target for name in _entering(network, site))
     return [name for name in targets if network.groups[name].bias is not None]
 
 
@@ -218,7 +225,7 @@ def _drawn(network: Network, site: Site, units: tuple[Unit, ...]) -> Proposal | 
         return 0.1 * torch.randn(shape, generator=draw, dtype=torch.float64).to(network.dtype)
 
     fan_in = {}
-    for name in site.entering:
+    for name in _entering(network, site):
         bundle = network.bundles[name]
         split = _split(maps[bundle.target])
         pattern, shape = bundle.pattern, slice_shape(network, name, entering=split.size)

@@ -15,7 +15,7 @@ from irgrow.ir.morphism import FirstOrder, Promise, SameFunction
 from irgrow.ir.network import Network, Unit
 from irgrow.ir.pattern import Local2d, Sparse, size
 from irgrow.ir.site import Site
-from irgrow.ir.units import UnitMap, blocks, close, fits, with_new_units
+from irgrow.ir.units import UnitMap, close, fits, parts_of, with_new_units
 from irgrow.passes.base import Pass, register
 from irgrow.passes.exactness import refuse_max_targets, refuse_norm_across_units
 
@@ -86,8 +86,11 @@ class WidenUnits(Pass):
             return
         fresh = close(network, {self.group: with_new_units(network, self.group, self.units)})
         draw = torch.Generator().manual_seed(self.seed)
-        for name in Site.of(network, self.group).entering:
+        site = Site.of(network, self.group)
+        for name in dict.fromkeys((*site.entering, *site.inner)):
             bundle = edit.bundles[name]
+            if bundle.target not in maps:
+                continue
             noise = self.noise * torch.randn(bundle.weight.shape, generator=draw, dtype=torch.float64)
             new = fresh[bundle.target].fresh
             assert maps[bundle.target].units == fresh[bundle.target].units
@@ -114,9 +117,7 @@ class WidenUnits(Pass):
         if self.copies is not None:
             index[new] = [network.index(unit) for unit in self.copies]
         else:
-            units = network.groups[self.group].units
-            reach = close(network, {self.group: UnitMap(np.r_[np.arange(units), -1])}, checked=False)
-            part = units // blocks(network, reach)
+            part = network.groups[self.group].units // parts_of(network, self.group)
             draw = np.random.default_rng(self.seed)
             # a new unit copies one of its own channel group, which begins where its old units begin
             begins = np.maximum.accumulate(np.where(index >= 0, index // part * part, 0))[new]

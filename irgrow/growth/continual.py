@@ -367,8 +367,9 @@ class _Task:
     # ---- weights ------------------------------------------------------------------------------------------
 
     def train(self, epochs: int) -> None:
-        """The free entries are trained; every other one keeps its bits."""
-        model, free, before = CompiledNetwork(self.network), self.free(), self.network.tensors()
+        """The free entries are trained; every other one is frozen and keeps its bits."""
+        free = self.free()
+        model = CompiledNetwork(replace(self.network, frozen={name: ~entries.cpu() for name, entries in free.items()}))
         tensors = model.tensors()
         optimizer = torch.optim.Adam([tensors[name] for name in free], lr=self.rate)
         model.train()
@@ -378,13 +379,8 @@ class _Task:
                 loss = self.loss(model(*inputs), targets)
                 self.require_finite(loss, "training")
                 loss.backward()
-                for name, entries in free.items():
-                    gradient = tensors[name].grad
-                    if gradient is not None:
-                        gradient.masked_fill_(~entries, 0)
                 optimizer.step()
-        after = {n: torch.where(entries, tensors[n].detach(), before[n]) for n, entries in free.items()}
-        self.network = self.network.with_tensors(after)
+        self.network = replace(model.network(), frozen={})
 
     def require_finite(self, loss: Tensor, what: str) -> None:
         if not math.isfinite(float(loss.detach())):
@@ -514,6 +510,10 @@ def _require_plain(network: Network) -> None:
     who = "Continual"
     if len(network.outputs) != 1:
         raise Refused(who, f"{len(network.outputs)} outputs", "one, as the pattern of the tasks' heads")
+    if network.frozen:
+        raise Refused(
+            who, f"frozen entries of {next(iter(network.frozen))!r}", "none: what is locked is its own choice"
+        )
     for group in network.groups.values():
         if group.norm is not None:
             raise Refused(f"{who}: group {group.name!r}", f"a {group.norm.kind} norm", "none: tasks would share it")

@@ -7,6 +7,7 @@ tensors too, the arrays that make up the structure:
     source.BUNDLE           int32, one per edge of a Sparse pattern; likewise target.BUNDLE
     weight_index.BUNDLE     int32, where weights are shared
     tag.BUNDLE.TAG          integers, one per edge
+    frozen.TENSOR           bool, true for every entry that is not trained (TENSOR: weight.x, bias.y, ...)
 
 Reading trusts nothing: every field has its type and range checked, and before a network is built it is
 clear that the work to verify it is in proportion to the size of its file. (A window over an image is a
@@ -57,12 +58,15 @@ def describe(network: Network) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "outputs": list(network.outputs),
         "next_serial": int(network.next_serial),
     }
+    if network.frozen:
+        data["frozen"] = list(network.frozen)
     arrays: dict[str, Tensor] = dict(network.tensors())
     for group in network.groups.values():
         arrays[f"serials.{group.name}"] = _tensor(group.serials.astype(np.int64))
     for bundle in network.bundles.values():
         if isinstance(bundle.pattern, Sparse):
             arrays |= {name: _tensor(array) for name, array in _arrays(bundle.name, bundle.pattern)}
+    arrays |= {f"frozen.{name}": mask for name, mask in network.frozen.items()}
     return data, arrays
 
 
@@ -135,7 +139,11 @@ class Reader:
     ) -> None:
         self._who = f"{who}: structure"
         self._entries, self._tensor, self._nbytes = entries, tensor, nbytes
-        self._data = _record(data, self._who, ("groups", "bundles", "inputs", "outputs", "next_serial"))
+        keys = ("groups", "bundles", "inputs", "outputs", "next_serial")
+        has_masks = isinstance(data, dict) and "frozen" in data
+        self._data = _record(data, self._who, (*keys, "frozen") if has_masks else keys)
+        if not _is_tags(masks := self._data.get("frozen", [])):
+            raise BadFile(f"{self._who}: frozen", f"{masks!r:.60}", _EXPECTED[_is_tags])
         self._groups = [self._record(r, f"groups[{n}]", _GROUP) for n, r in self._list("groups")]
         self._bundles = [self._record(r, f"bundles[{n}]", _BUNDLE) for n, r in self._list("bundles")]
         with self._named():
@@ -152,7 +160,8 @@ class Reader:
             groups = {r["name"]: self._group(r) for r in self._groups}
             bundles = {r["name"]: self._bundle(r) for r in self._bundles}
             inputs, outputs = tuple(self._data["inputs"]), tuple(self._data["outputs"])
-            return Network(groups, bundles, inputs, outputs, self._data["next_serial"]).verify()
+            masks = {name: self._tensor(f"frozen.{name}") for name in self._data.get("frozen", ())}
+            return Network(groups, bundles, inputs, outputs, self._data["next_serial"], masks).verify()
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -251,6 +260,8 @@ class Reader:
                     yield f"weight_index.{r['name']}"
                 for tag in pattern["tags"]:
                     yield f"tag.{r['name']}.{tag}"
+        for name in self._data.get("frozen", ()):
+            yield f"frozen.{name}"
 
     def _group(self, r: dict[str, Any]) -> Group:
         name = r["name"]

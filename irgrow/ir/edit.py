@@ -34,6 +34,7 @@ class Edit:
         self._gathers: dict[str, tuple[Gather, ...]] = {
             name: (Axes.same(name, tensor),) for name, tensor in network.tensors().items()
         }
+        self._masks: dict[str, Tensor] = {}
 
     # ---- groups and bundles -------------------------------------------------------------------------------
 
@@ -115,11 +116,32 @@ class Edit:
         return found
 
     def write(self, name: str, value: Tensor) -> None:
-        """Sets a tensor's values; where it comes from stays (the difference is fresh)."""
+        """Sets a tensor's values; where it comes from stays (the difference is fresh).
+
+        Entries that come from frozen ones, or from fixed weights, keep theirs.
+        """
         old = self.tensor(name)
         if value.shape != old.shape:
             raise BadShape(f"tensor {name!r}", tuple(value.shape), tuple(old.shape))
-        self._put(name, value.detach().to(old))
+        value = value.detach().to(old)
+        still = self._still(name)
+        self._put(name, value if still is None else torch.where(still.to(old.device), old.detach(), value))
+
+    def _still(self, name: str) -> Tensor | None:
+        """Which entries of a tensor are not to be written."""
+        fixed = {bundle.tensor for bundle in self.before.bundles.values() if not bundle.trainable}
+        parts = [g.covers() for g in self._gathers.get(name, ()) if g.source in fixed]
+        frozen = self.frozen(name)
+        parts += [] if frozen is None else [frozen]
+        return torch.stack(parts).any(0) if parts else None
+
+    def frozen(self, name: str) -> Tensor | None:
+        """Which entries of a tensor of the network in progress are frozen; None: none."""
+        if name in self._masks:
+            return self._masks[name]
+        old = [(g, self.before.frozen[g.source]) for g in self._gathers.get(name, ()) if g.source in self.before.frozen]
+        parts = [g.pick(mask.float()) > 0 for g, mask in old]
+        return torch.stack(parts).any(0) if parts else None
 
     def _put(self, name: str, value: Tensor) -> None:
         kind, owner = name.split(".")
@@ -130,6 +152,10 @@ class Edit:
         else:
             norm: Any = self.groups[owner].norm
             self.groups[owner] = replace(self.groups[owner], norm=replace(norm, **{kind: value}))
+
+    def freeze(self, name: str, mask: Tensor) -> None:
+        """Exactly these entries of a tensor are frozen (else: those that come from frozen ones)."""
+        self._masks[name] = mask
 
     # ---- units --------------------------------------------------------------------------------------------
 
@@ -345,12 +371,19 @@ class Edit:
     # ---- the end ------------------------------------------------------------------------------------------
 
     def finish(self) -> tuple[Network, Lineage]:
-        """The next network and the lineage of its tensors; empty bundles are dropped."""
+        """The next network and the lineage of its tensors; empty bundles are dropped.
+
+        An entry is frozen if one that it comes from is.
+        """
         for name, bundle in list(self.bundles.items()):
             if isinstance(bundle.pattern, Sparse) and bundle.pattern.source.size == 0:
                 self.remove_bundle(name)
         after = self.view()
-        return after, Lineage({name: self._gathers.get(name, ()) for name in after.tensors()})
+        lineage = Lineage({name: self._gathers.get(name, ()) for name in after.tensors()})
+        if self.before.frozen or self._masks:
+            masks = {name: mask for name in after.tensors() if (mask := self.frozen(name)) is not None}
+            after = replace(after, frozen={name: mask for name, mask in masks.items() if bool(mask.any())})
+        return after, lineage
 
 
 def _rewired(

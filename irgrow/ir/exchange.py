@@ -62,6 +62,7 @@ def to_networkx(network: Network) -> nx.MultiDiGraph:
         inputs=network.inputs,
         outputs=network.outputs,
         next_serial=network.next_serial,
+        frozen=dict(network.frozen),
         dtype=network.dtype,
     )
     return graph
@@ -133,7 +134,8 @@ def _from_ours(graph: nx.MultiDiGraph) -> Network:
         weight = _filled(d["name"], d["weight"].detach().clone(), values[d["name"]], count)
         bundles.append(Bundle(d["name"], d["source"], d["target"], d["pattern"], weight, d["trainable"]))
     table = {g.name: g for g in groups}
-    return Network(table, {b.name: b for b in bundles}, facts["inputs"], facts["outputs"], facts["next_serial"])
+    wires = {b.name: b for b in bundles}
+    return Network(table, wires, facts["inputs"], facts["outputs"], facts["next_serial"], facts["frozen"])
 
 
 def _filled(name: str, weight: Tensor, values: list[tuple[int, float]], count: int) -> Tensor:

@@ -61,11 +61,15 @@ class Morphism:
     def tensors(self, current: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
         """The new tensors for the *current* old ones: gather(current) + scale * (after - gather(before)).
 
-        `scale` multiplies what is trained; fixed weights and running statistics are no amplitude. Where the
-        current tensors still lie in the memory of the old ones nothing has changed: the new ones are copied.
+        `scale` multiplies what is trained, and what joins fixed weights; new fixed weights (an identity's 1) and
+        running statistics are no amplitude. Where the current tensors still lie in the memory of the old ones
+        nothing has changed: the new ones are copied.
         """
         old, found = self.before.tensors(), {}
-        trained = set(self.after.trainable()) if scale != 1.0 else set()
+        scaled: set[str] = set()
+        if scale != 1.0:
+            scaled |= {n for n in self.after.tensors() if n.startswith("weight.") and self.lineage.gathers[n]}
+            scaled |= {*self.after.trainable()}
         for name, after in self.after.tensors().items():
             if self.lineage.unchanged(name) and after is old.get(name):
                 found[name] = current[name]
@@ -76,7 +80,7 @@ class Morphism:
                 continue
             gathered = self.lineage.gather(current, name, after).to(after.dtype)
             fresh = after.to(gathered.device) - self.lineage.gather(old, name, after).to(gathered)
-            found[name] = gathered + (scale * fresh if name in trained else fresh)
+            found[name] = gathered + (scale * fresh if name in scaled else fresh)
         return found
 
     def verify(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -154,17 +154,22 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Groups and bundles by name, in order; which groups are inputs and outputs; the next free serial."""
+    """Groups and bundles by name, in order; which groups are inputs and outputs; the next free serial.
+
+    `frozen` maps names of tensors to masks (bool, on the CPU): these entries are there, and are not trained.
+    Rewrites carry them along: an entry that comes from a frozen one is frozen.
+    """
 
     groups: Mapping[str, Group]
     bundles: Mapping[str, Bundle]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     next_serial: int
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
-        object.__setattr__(self, "bundles", MappingProxyType(dict(self.bundles)))
+        for table in ("groups", "bundles", "frozen"):
+            object.__setattr__(self, table, MappingProxyType(dict(getattr(self, table))))
 
     @staticmethod
     def build(
@@ -277,7 +282,7 @@ class Network:
             if new:
                 group = replace(group, norm=replace(group.norm, **new))  # type: ignore[type-var]
             groups[name] = group
-        after = Network(groups, bundles, self.inputs, self.outputs, self.next_serial)
+        after = Network(groups, bundles, self.inputs, self.outputs, self.next_serial, self.frozen)
         for cached in ("components", "levels", "structure"):  # the structure is the same
             if cached in self.__dict__:
                 after.__dict__[cached] = self.__dict__[cached]
@@ -377,6 +382,8 @@ class Network:
         for name in self.trainable():
             if not name.startswith("weight."):
                 parameters += self.tensors()[name].numel()
+            if name in self.frozen:
+                parameters -= int(self.frozen[name].sum())
         return Counts(sum(g.neurons for g in self.groups.values()), edges, parameters, multiply_adds)
 
     # ---- checking, equality, text -------------------------------------------------------------------------
@@ -401,6 +408,8 @@ class Network:
                         digest.update(np.ascontiguousarray(array).data)
                 for _, tag in sorted(bundle.pattern.tags.items()):
                     digest.update(np.ascontiguousarray(tag).data)
+        for name, mask in sorted(self.frozen.items()):
+            digest.update(name.encode() + mask.contiguous().numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def describe(self) -> dict[str, Any]:
@@ -437,7 +446,8 @@ class Network:
         return self.clone()  # keeps what was computed about the structure
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Network, (dict(self.groups), dict(self.bundles), self.inputs, self.outputs, self.next_serial)
+        tables = dict(self.groups), dict(self.bundles)
+        return Network, (*tables, self.inputs, self.outputs, self.next_serial, dict(self.frozen))
 
     def __str__(self) -> str:
         from irgrow.ir.text import network_text

@@ -6,9 +6,17 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from irgrow.ir.errors import StaleMorphism
+from irgrow.ir.network import Bundle, Network
+from irgrow.ir.pattern import Dense, Sparse
+
+if TYPE_CHECKING:
+    from irgrow.ir.morphism import Morphism
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +73,38 @@ class Proposal:
             self, fan_in=into, fan_out=outof, bias=bias, delta=moved, predicted_gain=None, measured_gain=None
         )
 
+    def after(self, morphism: Morphism) -> Proposal:
+        """The same units for the network that a morphism made, so that sites measured together grow together.
+
+        morphism = AddUnits(first)(network)
+        both = morphism >> AddUnits(second.after(morphism))(morphism.after)
+
+        Slices follow the units at their other ends by serial; units that came since are not connected (weight 0).
+        Changes of existing tensors follow the lineage. Gains are forgotten: they were those beside the old units.
+        Raises StaleMorphism for a morphism of another network, or one that changed the site's bundles.
+        """
+        before, network = morphism.before, morphism.after
+        who = f"Proposal for site {self.site!r} after {morphism.by}"
+        if before.structure != self.structure:
+            raise StaleMorphism(who, "a morphism of another network", "one that begins where the proposal was made")
+        slices: list[dict[str, Tensor]] = []
+        for axis, table in ((1, self.fan_in), (0, self.fan_out)):
+            moved = {}
+            for name, weight in table.items():
+                old, new = before.bundles[name], network.bundles.get(name)
+                same = new is not None and (new.source, new.target) == (old.source, old.target)
+                if new is None or not same or type(new.pattern) is not type(old.pattern):
+                    raise StaleMorphism(f"{who}: bundle {name!r}", "another one", "the same", do="probe again")
+                moved[name] = _followed(weight, axis, before, network, new)
+            slices.append(moved)
+        zero = {n: torch.zeros_like(t) for n, t in before.tensors().items()}
+        changes = {n: {**zero, n: d} for n, d in self.delta.items() if n in network.tensors()}
+        delta = {n: morphism.lineage.gather(t, n, network.tensors()[n]) for n, t in changes.items()}
+        return replace(
+            self, structure=network.structure, fan_in=slices[0], fan_out=slices[1], delta=delta,
+            predicted_gain=None, measured_gain=None,
+        )  # fmt: skip
+
     @cached_property
     def hash(self) -> str:
         """Names this proposal in texts and ledgers: a hash of everything that changes the network."""
@@ -84,6 +124,24 @@ class Proposal:
         ]
         notes = [f"({note})" for note in self.notes]
         return f"<Proposal by {self.method}: {self.units} units for {self.site!r}{', '.join(['', *gains, *notes])}>"
+
+
+def _followed(weight: Tensor, axis: int, before: Network, after: Network, bundle: Bundle) -> Tensor:
+    """A slice of new units with its other end (`axis`) as the units of that end stand now."""
+    end = bundle.source if axis == 1 else bundle.target
+    was, now = before.groups[end], after.groups[end]
+    place = {serial: n for n, serial in enumerate(was.serials.tolist())}
+    index = torch.tensor([place.get(serial, -1) for serial in now.serials.tolist()])
+    if isinstance(bundle.pattern, (Dense, Sparse)):
+        positions = torch.arange(now.positions)
+        index = torch.where(index[:, None] < 0, -1, index[:, None] * now.positions + positions).flatten()
+    elif axis == 1:  # a grouped convolution counts its inputs within each channel group
+        index = index[: index.numel() * weight.shape[1] // was.units]
+    if was.positions != now.positions or int(index.max()) >= weight.shape[axis]:
+        raise StaleMorphism(f"group {end!r}", f"{now.shape}", f"the positions of {was.shape}", do="probe again")
+    taken = weight.index_select(axis, index.clamp(min=0).to(weight.device))
+    gone = (index < 0).to(weight.device).reshape([-1 if a == axis else 1 for a in range(weight.dim())])
+    return taken.masked_fill(gone, 0)
 
 
 def _per_unit(factor: float | Tensor, weight: Tensor, axis: int) -> float | Tensor:

@@ -17,13 +17,16 @@ from irgrow.ir.units import UnitMap, close
 class Site:
     """Named by one of its groups. `entering` and `leaving` are the bundles whose rows or columns are added.
 
-    A bundle between two groups of the site may be both (a residual block of one layer).
+    A bundle between two groups of the site may be both (a residual block of one layer). Where the site lies
+    in a loop of groups, the sparse bundles of the loop at it are `inner`: new units need no edges there, and
+    may have those that close no cycle of neurons. (They count as entering where nothing else enters.)
     """
 
     name: str
     groups: tuple[str, ...]
     entering: tuple[str, ...]
     leaving: tuple[str, ...]
+    inner: tuple[str, ...] = ()
 
     @staticmethod
     def of(network: Network, name: str) -> Site:
@@ -56,18 +59,25 @@ class Site:
                 f"it holds {', '.join(map(repr, fixed))}",
                 "no input or output among its groups",
             )
-        entering, leaving = [], []
+        entering, leaving, inner = [], [], []
+        loops = [names for names, cyclic in network.components if cyclic]
         for bundle in network.bundles.values():
             if isinstance(bundle.pattern, Identity) or ties(bundle, tied):
                 continue  # an Identity from outside feeds other units of a concatenation
+            if isinstance(bundle.pattern, Sparse) and any({bundle.source, bundle.target} <= {*at} for at in loops):
+                if bundle.source in tied or bundle.target in tied:
+                    inner.append(bundle.name)
+                continue
             if bundle.target in tied:
                 entering.append(bundle.name)
             if bundle.source in tied:
                 leaving.append(bundle.name)
+        entering = entering or [n for n in inner if network.bundles[n].target in tied]
+        leaving = leaving or [n for n in inner if network.bundles[n].source in tied]
         if not entering or not leaving:
             missing = "enters" if not entering else "leaves"
             raise Refused(f"site {name!r}", f"nothing {missing} it", "bundles on both sides")
-        return Site(name, groups, tuple(entering), tuple(leaving))
+        return Site(name, groups, tuple(entering), tuple(leaving), tuple(inner))
 
     @staticmethod
     def all(network: Network) -> list[Site]:

@@ -19,7 +19,7 @@ def network_text(network: Network) -> str:
     for names, cyclic in network.components:
         for name in names:
             group = network.groups[name]
-            enters = [_bundle_text(b) for b in network.entering(name)]
+            enters = [_bundle_text(b) + _frozen(network, b.tensor) for b in network.entering(name)]
             loop = "  (in a loop of groups)" if cyclic and len(names) > 1 else ""
             what = f"{_role(network, group)}{loop}"
             lines.append(f"  {name:<{width}}  {shapes[name]:>{wide}}  {what}")
@@ -34,7 +34,7 @@ def _role(network: Network, group: Group) -> str:
     if group.aggregation != "sum":
         parts.append(group.aggregation)
     if group.bias is not None:
-        parts.append("bias")
+        parts.append("bias" + _frozen(network, f"bias.{group.name}"))
     if group.norm is not None:
         parts.append(f"{group.norm.kind} norm")
     if group.activation != "identity":
@@ -42,6 +42,11 @@ def _role(network: Network, group: Group) -> str:
     if group.dropout:
         parts.append(f"dropout {group.dropout:g}")
     return ", ".join(parts) or "sum"
+
+
+def _frozen(network: Network, tensor: str) -> str:
+    mask = network.frozen.get(tensor)
+    return "" if mask is None else f" ({int(mask.sum()):,} of {mask.numel():,} frozen)"
 
 
 def _bundle_text(bundle: Bundle) -> str:

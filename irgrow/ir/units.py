@@ -83,11 +83,16 @@ def blocks(network: Network, groups: Mapping[str, object]) -> int:
     return number
 
 
+def parts_of(network: Network, group: str) -> int:
+    """How many equal ranges the units of a group, and of those tied to it, must keep."""
+    units = network.group(group).units
+    return blocks(network, close(network, {group: UnitMap(np.r_[np.arange(units), -1])}, checked=False))
+
+
 def with_new_units(network: Network, group: str, count: int) -> UnitMap:
     """The map that adds `count` units to a group: at the end, or at the end of each range where there are several."""
     units = network.group(group).units
-    reach = close(network, {group: UnitMap(np.r_[np.arange(units), -1])}, checked=False)
-    parts = blocks(network, reach)
+    parts = parts_of(network, group)
     if units % parts or count % parts:
         raise Refused(
             f"adding units to group {group!r}",

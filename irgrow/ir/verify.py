@@ -1,8 +1,9 @@
 """`verify(network)`: every invariant of a well-formed network, each with an error of its own.
 
 Names (BadName), roles and properties (BadProperty), shapes (BadShape), serials (BadSerial), tensor sizes
-(WeightSize), finite values (NonFinite), edges that exist (DanglingEdge), no edge twice (DuplicateEdge), no
-loops between neurons (CyclicNetwork), outputs that some input reaches (Unreachable).
+(WeightSize), masks of frozen entries (BadName, WeightSize), finite values (NonFinite), edges that exist
+(DanglingEdge), no edge twice (DuplicateEdge), no loops between neurons (CyclicNetwork), outputs that some
+input reaches (Unreachable).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def verify(network: Network) -> Network:
         _bundle(network, bundle)
     _serials(network)
     _tensors(network)
+    _frozen(network)
     inside = {names: _rows(network, names) for names, cyclic in network.components if cyclic}
     for bundle in network.bundles.values():
         _duplicates(network, bundle, inside)
@@ -203,6 +205,17 @@ def _tensors(network: Network) -> None:
                 tensor[tuple(at)].item(),
                 "a finite value",
             )
+
+
+def _frozen(network: Network) -> None:
+    tensors = network.tensors()
+    for name, mask in network.frozen.items():
+        if name not in tensors or name.startswith(("mean.", "variance.")):
+            raise BadName(f"frozen entries of {name!r}", "no such tensor", "a weight, bias, scale or shift")
+        if getattr(mask, "dtype", None) != torch.bool or mask.device.type != "cpu" or mask.shape != tensors[name].shape:
+            found = f"{getattr(mask, 'dtype', type(mask).__name__)}, shape {_shape(mask)}"
+            expected = f"a mask (bool, on the CPU) of shape {_shape(tensors[name])}"
+            raise WeightSize(f"frozen entries of {name!r}", found, expected)
 
 
 def _neuron_at(network: Network, name: str, at: list[int]) -> str:

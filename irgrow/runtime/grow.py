@@ -134,14 +134,22 @@ class _Plan:
         self.optimizer = optimizer
 
     def _home(self, name: str, known: dict[str, int | None]) -> int:
-        """The parameter group of what a new tensor grows from: its old weights, else its neighbours'."""
+        """The parameter group of what a new tensor grows from: its old entries, else its neighbours'.
+
+        A bias or norm joins those of the groups that it feeds or reads, or else any other one: whoever trains
+        them apart from the weights (without decay, say) still does.
+        """
         candidates = [g.source for g in self.morphism.lineage.gathers.get(name, ())]
         kind, owner = name.split(".")
         network = self.network
         groups = [network.bundles[owner].target, network.bundles[owner].source] if kind == "weight" else [owner]
+        if kind != "weight":
+            near = [*(b.target for b in network.leaving(owner)), *(b.source for b in network.entering(owner))]
+            per_unit = (kind, "bias", "shift", "scale")
+            candidates += [f"{k}.{g}" for k in per_unit for g in near]
+            candidates += [n for k in per_unit for n in known if n.startswith(f"{k}.")]
         for group in groups:
-            same_kind = [f"{kind}.{group}"] if kind != "weight" else []
-            candidates += same_kind + [b.tensor for b in network.entering(group) + network.leaving(group)]
+            candidates += [b.tensor for b in network.entering(group) + network.leaving(group)]
         for candidate in candidates:
             found = known.get(candidate)
             if found is not None:

@@ -14,6 +14,7 @@ from irgrow.ir.errors import BadData
 from irgrow.ir.interpreter import check_inputs
 from irgrow.ir.morphism import Morphism
 from irgrow.ir.network import Network
+from irgrow.runtime.frozen import hold_still
 from irgrow.runtime.grow import Carried, grow
 from irgrow.runtime.ledger import Ledger
 from irgrow.runtime.undo import Snapshot, restore, snapshot
@@ -98,7 +99,7 @@ class CompiledNetwork(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The outputs `[B, *shape]`; raises BadData for inputs of the wrong shape or dtype."""
         self._check(inputs)
-        outputs, _ = self._program.run(self._tensors, inputs, train=self.training)
+        outputs, _ = self._program.run(self._live(), inputs, train=self.training)
         return outputs[0] if len(outputs) == 1 else outputs
 
     def record(
@@ -112,7 +113,7 @@ class CompiledNetwork(nn.Module):
         self._check(inputs)
         for name in (*values, *(shifts or {})):
             self._structure.group(name)
-        outputs, recorded = self._program.run(self._tensors, inputs, train=self.training, values=values, shifts=shifts)
+        outputs, recorded = self._program.run(self._live(), inputs, train=self.training, values=values, shifts=shifts)
         return (outputs[0] if len(outputs) == 1 else outputs), recorded
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
@@ -184,6 +185,16 @@ class CompiledNetwork(nn.Module):
         self._structure = network.with_tensors({name: tensor.data for name, tensor in self._tensors.items()})
         self._shapes = [network.groups[name].shape for name in network.inputs]
         self._program = program or lower(self._structure, device=self._device, backend=self.backend)
+        self._frozen = {n: m.to(self._device) for n, m in network.frozen.items() if isinstance(held[n], nn.Parameter)}
+        if self._frozen:
+            hold_still(self)
+
+    def _live(self) -> Mapping[str, Tensor]:
+        """The tensors to run with: no gradient reaches frozen entries."""
+        tensors = self._tensors
+        if not self._frozen:
+            return tensors
+        return {**tensors, **{n: torch.where(m, tensors[n].detach(), tensors[n]) for n, m in self._frozen.items()}}
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledNetwork:
         """`.to()`, `.double()`, ...: tensors may be replaced, index tensors must follow to the device."""

@@ -275,6 +275,22 @@ def _a_norm_in_a_loop(network: Network, draw: random.Random) -> Network | None:
     return None if group is None else _group(network, group, norm=_norm(group, "batch", network.dtype))
 
 
+# ---- frozen entries -------------------------------------------------------------------------------------------
+
+
+@_corruption(BadName, r"frozen entries of 'weight\.nowhere': found no such tensor, expected a weight, bias, scale or")
+def _a_mask_of_no_tensor(network: Network, draw: random.Random) -> Network:
+    return replace(network, frozen={**network.frozen, "weight.nowhere": torch.ones(2, dtype=torch.bool)})
+
+
+@_corruption(WeightSize, r"frozen entries of '\w+\.\w+': found torch\.(bool|uint8), shape .*, expected a mask \(bool,")
+def _a_mask_of_another_shape_or_dtype(network: Network, draw: random.Random) -> Network:
+    name = draw.choice(network.trainable() or list(network.tensors()))
+    shape = tuple(network.tensors()[name].shape)
+    mask = draw.choice((torch.ones(*shape, 2, dtype=torch.bool), torch.ones(shape, dtype=torch.uint8)))
+    return replace(network, frozen={**network.frozen, name: mask})
+
+
 # ---- shapes ---------------------------------------------------------------------------------------------------
 
 

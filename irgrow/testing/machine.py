@@ -40,7 +40,8 @@ class GrowthMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data: st.DataObject) -> None:
-        self.first = self.network = data.draw(st.one_of(seeded_networks(**self.options), networks(**self.options)))
+        kinds = seeded_networks(**self.options), networks(**self.options), seeded_networks(**self.options, frozen=True)
+        self.first = self.network = data.draw(st.one_of(kinds))
         self.other = network_with_other_weights(self.first)
         self.carried = self.other.tensors()
 

@@ -52,7 +52,7 @@ def assert_promise(pass_: Pass, network: Network, *, seed: int = 0, batch: int =
 
 def fingerprint(network: Network) -> str:
     """A hash of structure and values, computed anew (a network's own `structure` is computed once)."""
-    fresh = Network(network.groups, network.bundles, network.inputs, network.outputs, network.next_serial)
+    fresh = dataclasses.replace(network)
     digest = hashlib.sha256(fresh.structure.encode())
     for name, tensor in fresh.tensors().items():
         digest.update(f"{name}{tensor.dtype}".encode())

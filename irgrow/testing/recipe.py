@@ -75,17 +75,28 @@ def cook(
     maxima: bool = True,
     ties: bool = True,
     dropout: bool = True,
+    frozen: bool = False,
 ) -> Network:
     """A verified network of 1 to `steps` hidden parts of these kinds, made of decisions of `choices`.
 
     `widest`: units of a flat group at most. `images=False`: flat groups only. `maxima=False`: no group
-    aggregates by max. `ties=False`: no shared weights in sparse bundles.
+    aggregates by max. `ties=False`: no shared weights in sparse bundles. `frozen=True`: some entries of some
+    tensors are frozen.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise ValueError(f"cook: kinds {unknown}, expected some of {', '.join(KINDS)}")
     recipe = _Recipe(choices, kinds, activations, norms, choices.pick(dtypes), widest, images, maxima, ties, dropout)
-    return recipe.network(choices.integer(1, steps))
+    network = recipe.network(choices.integer(1, steps))
+    return _frozen(network, choices) if frozen else network
+
+
+def _frozen(network: Network, choices: Choices) -> Network:
+    """The network with frozen entries in about every second tensor."""
+    draw = torch.Generator().manual_seed(choices.integer(0, 1000))
+    masks = {n: torch.rand(network.tensors()[n].shape, generator=draw) < 0.4 for n in network.trainable()}
+    chosen = {name: mask for name, mask in masks.items() if choices.integer(0, 1) and bool(mask.any())}
+    return replace(network, frozen=chosen).verify()
 
 
 class _Recipe:

@@ -183,7 +183,7 @@ def test_every_field_of_the_representation_is_in_the_file() -> None:
     from irgrow.ir.pattern import Pattern
 
     known = {
-        ig.Network: {"groups", "bundles", "inputs", "outputs", "next_serial"},
+        ig.Network: {"groups", "bundles", "inputs", "outputs", "next_serial", "frozen"},
         ig.Group: {"name", "shape", "activation", "aggregation", "bias", "norm", "dropout", "serials"},
         ig.Norm: {"kind", "scale", "shift", "mean", "variance", "eps", "momentum", "groups"},
         ig.Bundle: {"name", "source", "target", "pattern", "weight", "trainable"},

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from laws import difference, obey, some, zoo
 
 import irgrow as ig
-from irgrow.ir.errors import Refused, UnknownName
+from irgrow.ir.errors import BadData, Refused, UnknownName
 from irgrow.ir.morphism import Changes, FirstOrder, SameFunction
 from irgrow.ir.network import Network
 from irgrow.passes.edges import AddEdges, RemoveEdges
-from irgrow.testing import assert_promise, networks, rewrites
+from irgrow.testing import assert_promise, inputs_for, networks, rewrites
 
 F64 = torch.float64
 
@@ -202,3 +202,63 @@ def test_remove_refusals() -> None:
     into = tuple((u, y[1]) for u in ids(network, "hidden2"))
     with pytest.raises(Refused, match="of output 'output', expected every output within reach of an input"):
         RemoveEdges(into)(network)
+
+
+# ---- the edges of the largest gradient (NeST) ---------------------------------------------------------------------
+
+
+def measured(network: Network, groups: list[tuple[str, str]]) -> dict[tuple[str, str], torch.Tensor]:
+    """dL/dw of every possible edge, by a model: what parents put out times the gradients at their children."""
+    model = ig.compile(network)
+    x = inputs_for(network, 16, seed=4)
+    shifts = {t: torch.zeros(16, *network.groups[t].shape, dtype=F64, requires_grad=True) for _, t in groups}
+    y, values = model.record(*x, values=[s for s, _ in groups], shifts=shifts)
+    y.square().sum().backward()
+    return {(s, t): shifts[t].grad.flatten(1).T @ values[s].detach().flatten(1) for s, t in groups}
+
+
+@pytest.mark.parametrize("name", ["dense", "irregular", "concatenated"])
+def test_the_edges_of_the_largest_gradient(name: str) -> None:
+    """Once they exist, the new edges have the gradients that were measured, and no other edge has a larger one."""
+    network = zoo()[name]
+    groups = [(s, t) for s in network.groups for t in network.groups if t not in network.inputs]
+    given = measured(network, groups)
+    found = AddEdges.largest(network, given, 3)
+    morphism = obey(found, network)
+    assert isinstance(morphism.promise, SameFunction)
+    wanted = {
+        (u, v): float(given[s, t][j, i])
+        for s, t in groups
+        for i, u in enumerate(ids(network, s))
+        for j, v in enumerate(ids(network, t))
+    }
+    model, after = ig.compile(morphism.after), morphism.after
+    model(*inputs_for(network, 16, seed=4)).square().sum().backward()
+    seen: dict[tuple[int, int], float] = {}
+    for b in after.bundles.values():
+        if b.trainable:
+            s, t, w = b.pattern.all_edges(*after.shapes(b))
+            ends = zip(after.ids(b.source)[s].tolist(), after.ids(b.target)[t].tolist(), strict=True)
+            seen |= dict(zip(ends, model.tensors()[b.tensor].grad.flatten()[w].tolist(), strict=True))
+    for edge in found.edges:
+        assert seen[edge] == pytest.approx(wanted[edge], rel=1e-10)
+    level = {n: d for g in network.groups for n, d in zip(ids(network, g), network.levels[g].tolist(), strict=True)}
+    taken = {(u, v) for u, v, _ in network.edges()} | set(found.edges)
+    others = [abs(wanted[u, v]) for u, v in wanted if (u, v) not in taken and level[u] < level[v]]
+    assert others and max(others) <= min(abs(wanted[edge]) for edge in found.edges)
+    down = AddEdges.largest(network, given, 3, step=1e-3)
+    assert down.edges == found.edges and down.weights is not None
+    assert down.weights == pytest.approx([-1e-3 * wanted[e] for e in down.edges])
+    obey(down, network)
+
+
+def test_largest_gradients_that_cannot_be() -> None:
+    network = zoo()["dense"]
+    with pytest.raises(BadData, match=r"gradient of input -> hidden2: found shape \(2, 2\), expected \(6, 4\)"):
+        AddEdges.largest(network, {("input", "hidden2"): torch.zeros(2, 2)}, 1)
+    with pytest.raises(BadData, match="gradient of input -> hidden2: found NaN or infinity"):
+        AddEdges.largest(network, {("input", "hidden2"): torch.full((6, 4), torch.nan)}, 1)
+    with pytest.raises(Refused, match=r"AddEdges.largest: found 25 edges, expected 1 to 24"):
+        AddEdges.largest(network, {("input", "hidden2"): torch.zeros(6, 4)}, 25)
+    with pytest.raises(Refused, match="found 1 edges, expected 1 to 0"):  # all of them exist, or lead up
+        AddEdges.largest(network, {("input", "hidden1"): torch.zeros(5, 4), ("output", "hidden1"): torch.ones(5, 3)}, 1)

@@ -110,6 +110,10 @@ def assert_remarks(before: Network, after: Network, parents: int, where: str) ->
     assert len(came) == parents, where
     (j,) = [a for a, b in primary(after) if b == new]
     assert depth[new] == depth[j] + 1, where
+    for i in set(depth) - outputs - set(after.ids("input").tolist()):  # only outputs have several primary parents
+        assert sum(b == i for _, b in primary(after)) == 1, where
+    if depth[new] == max(depths(before).values()):  # inserted at the old maximal depth: primary parent of every output
+        assert {(new, i) for i in outputs} <= primary(after), where
     assert all(depth[k] <= depth[j] for k in came), where
     assert {a for a, _ in edges(after)} == set(depth) - outputs, where  # every other neuron has children
     assert all(depth[a] < depth[b] for a, b in edges(after)), where  # no cycle

@@ -45,7 +45,7 @@ def test_sequences_are_flat() -> None:
 
 def test_proposals_are_found_by_their_hash() -> None:
     net = ig.mlp([3, 4, 2])
-    (pass_,) = places(net, [AddUnits])
+    pass_ = places(net, [AddUnits])[0]
     assert isinstance(pass_, AddUnits)
     text = str(pass_)
     assert text == f"AddUnits(proposal='proposal:{pass_.proposal.hash}')"
@@ -103,3 +103,22 @@ def test_text_that_is_no_pass(text: str) -> None:
 def test_any_text_is_a_pass_or_a_named_error(text: str) -> None:
     with contextlib.suppress(IrgrowError):
         assert isinstance(Pass.from_text(text), Pass)
+
+
+# ---- the list -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ig.passes.list())
+def test_every_pass_says_what_it_does_and_where_it_comes_from(name: str) -> None:
+    kind = ig.passes.list()[name]
+    text = kind.__doc__ or ""
+    assert text.partition("\n")[0].endswith(".") and kind.reference
+    assert "becomes" in text or "->" in text, "what stands there before and after"
+    assert "Refused" in text or "refused" in text
+
+
+def test_the_list_prints_a_line_for_every_pass() -> None:
+    lines = str(ig.passes.list()).splitlines()
+    assert [line.split()[0] for line in lines] == list(ig.passes.list())
+    (split,) = (line for line in lines if line.startswith("SplitUnit "))
+    assert "becomes two that share its outgoing weights" in split and split.endswith("section 2.2)")

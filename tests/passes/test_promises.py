@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
 
 import irgrow as ig
 from irgrow import passes
@@ -20,12 +21,24 @@ from irgrow.ir.morphism import Changes, FirstOrder, Promise, SameFunction
 from irgrow.ir.network import Network, Unit
 from irgrow.ir.units import UnitMap
 from irgrow.passes import Pass, SplitUnit
-from irgrow.testing import GrowthMachine, assert_promise, networks, places, random_network, seeded_networks
+from irgrow.testing import (
+    GrowthMachine,
+    assert_promise,
+    inputs_for,
+    largest_change,
+    networks,
+    places,
+    random_network,
+    seeded_networks,
+)
 
 # The second kind has what passes on single edges need: no shared weights, no norms.
 PLAIN = {"kinds": ("dense", "sparse", "loop", "skip"), "norms": (), "ties": False, "images": False, "maxima": False}
 NETWORKS = st.one_of(
-    seeded_networks(steps=3, widest=4), seeded_networks(steps=2, widest=4, **PLAIN), networks(steps=3, widest=4)
+    seeded_networks(steps=3, widest=4),
+    seeded_networks(steps=2, widest=4, **PLAIN),
+    seeded_networks(steps=2, widest=4, frozen=True),
+    networks(steps=3, widest=4),
 )
 
 FEWER = settings(max_examples=max(1, settings.default.max_examples * 2 // 5))
@@ -49,24 +62,46 @@ def test_every_pass_has_places(kind: type[Pass]) -> None:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("block", range(10))
-def test_ten_thousand_networks(block: int) -> None:
-    """1 to 8 passes that keep the function, one after the other, in float64: relative change <= 1e-12 (S1)."""
-    from irgrow.testing import inputs_for, largest_change
+def a_pass_that_keeps_the_function(network: Network, draw: np.random.Generator) -> Pass:
+    """Some pass at some place, all kinds of passes equally likely."""
+    kinds = list(passes.list().values())
+    for n in draw.permutation(len(kinds)):
+        found = places(network, [kinds[n]], most=8)
+        for i in draw.permutation(len(found)):
+            if isinstance(found[i].promise(network), SameFunction):
+                return found[i]
+    raise AssertionError("no pass that keeps the function")  # FreezeEntries does, everywhere
 
-    for seed in range(1000 * block, 1000 * (block + 1)):
-        first = network = random_network(seed, dtypes=(torch.float64,), steps=3, widest=4)
-        draw = np.random.default_rng(seed)
-        for _ in range(draw.integers(1, 9)):
-            found = places(network, most=4)
-            morphisms = (found[i](network) for i in draw.permutation(len(found)))
-            exact = next((m for m in morphisms if isinstance(m.promise, SameFunction)), None)
-            if exact is None or network.counts.neurons > 300:
-                break
-            network = exact.after.verify()
-        change = largest_change(first, network, inputs_for(first))
-        assert change <= 1e-12, f"seed {seed}: {change:.1e}"
+
+def grown_at_random(number: int) -> tuple[Network, Network, list[Pass]]:
+    """A random network, and what 1 to 8 passes that keep the function make of it (fewer beyond 300 neurons)."""
+    first = network = random_network(number, dtypes=(torch.float64,), steps=3, widest=4, frozen=number % 4 == 0)
+    draw, made = np.random.default_rng(number), []
+    for _ in range(draw.integers(1, 9)):
+        if network.counts.neurons > 300:
+            break
+        made.append(a_pass_that_keeps_the_function(network, draw))
+        network = made[-1](network).after.verify()
+    return first, network, made
+
+
+def assert_unchanged(number: int) -> None:
+    first, network, made = grown_at_random(number)
+    change = largest_change(first, network, inputs_for(first))
+    assert change <= 1e-12, f"seed {number}: {change:.1e} after {' >> '.join(map(str, made))}"
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_random_networks_grown_by_passes_that_keep_the_function(number: int) -> None:
+    assert_unchanged(number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(20))
+def test_ten_thousand_networks(block: int) -> None:
+    """S1: 1 to 8 passes that keep the function, one after the other, in float64: relative change <= 1e-12."""
+    for number in range(500 * block, 500 * (block + 1)):
+        assert_unchanged(number)
 
 
 TestGrowth = GrowthMachine.TestCase
@@ -74,6 +109,19 @@ TestGrowth.settings = settings(
     max_examples=max(1, settings.default.max_examples // 5),
     stateful_step_count=min(6, settings.default.stateful_step_count),
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(4))
+def test_two_thousand_random_runs(shard: int) -> None:
+    """S2: the state machine, 2,000 runs of up to 6 passes, each of which must keep all that it owes."""
+
+    @seed(shard)
+    class Machine(GrowthMachine):
+        pass
+
+    how = settings(max_examples=500, stateful_step_count=6, derandomize=False, database=None)
+    run_state_machine_as_test(Machine, settings=how)
 
 
 # ---- passes that break something: each must be caught -----------------------------------------------------------
