@@ -1,89 +1,110 @@
-"""What the experiments' pictures share: one look, medians with their spread, and small PNG files."""
+"""Pictures of experiments in one style: lines over something with their spread over seeds, and points."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from irgrow.experiments.claims import median_interval
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#2b6cb0", "#d1620b", "#0b8562", "#b4559c", "#7a7f87", "#c98a00", "#6b4fbb", "#2bb3c0", "#a03030", "#4f7a2b")
-INK, QUIET, GRID = "#30363d", "#6b737c", "#e3e6ea"
-
-
-def panels(count: int, *, width: float = 4.6, height: float = 3.5, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure with so many dressed axes, at most `columns` beside each other."""
-    from matplotlib.figure import Figure
-
-    across = min(count, columns)
-    down = -(-count // across)
-    figure = Figure(figsize=(width * across, height * down), dpi=110, facecolor="white", layout="constrained")
-    found = [figure.add_subplot(down, across, n + 1) for n in range(count)]
-    for axes in found:
-        axes.grid(True, color=GRID, linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8, colors=INK)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    return figure, found
-
-
-def label(axes: Axes, title: str, across: str, up: str, *, log: str = "") -> None:
-    """Title and axis labels; `log` names the logarithmic axes (`x`, `y`, `xy`)."""
-    axes.set_title(title, fontsize=10, color=INK, loc="left", weight="bold")
-    axes.set_xlabel(across, fontsize=9, color=INK)
-    axes.set_ylabel(up, fontsize=9, color=INK)
-    if "x" in log:
-        axes.set_xscale("log")
-    if "y" in log:
-        axes.set_yscale("log")
+COLORS = ("#2b6cb0", "#d1620b", "#0b8562", "#b4559c", "#c98a00", "#6b4fbb", "#7a7f87", "#b03a2e", "#2e8b8b", "#4d4d4d")
+INK, QUIET = "#30363d", "#6b737c"
+Curves = tuple[Sequence[float], Sequence[Sequence[float]]]  # x, and one y per seed
 
 
 def lines(
-    axes: Axes,
-    curves: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]],
+    path: Path,
+    panels: Sequence[tuple[str, Mapping[str, Curves]]],
     *,
-    colours: Mapping[str, str] | None = None,
-    dashed: Sequence[str] = (),
-    band: bool = True,
+    x: str,
+    y: str,
+    log: bool = False,
+    log_x: bool = False,
 ) -> None:
-    """For each name `(x, runs)`, runs `[run][x]`: the median over runs, and where it lies (90 %) as a band."""
-    for n, (name, (x, runs)) in enumerate(curves.items()):
-        colour = (colours or {}).get(name) or COLOURS[n % len(COLOURS)]
-        columns = [sorted(values) for values in zip(*runs, strict=True)]
-        style = "--" if name in dashed else "-"
-        axes.plot(x, [median(c) for c in columns], style, color=colour, linewidth=1.5, label=name)
-        if band and len(runs) > 1:
-            low, high = zip(*(median_interval(c) for c in columns), strict=True)
-            axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    """`path` is a picture: in each panel (title, curves) the median over seeds, and a band around its middle half."""
+    figure, axes = panel_row(len(panels))
+    for ax, (title, curves) in zip(axes, panels, strict=True):
+        for number, (name, (at, runs)) in enumerate(curves.items()):
+            values = np.asarray(runs, float)
+            color = COLORS[number % len(COLORS)]
+            ax.plot(at, np.nanmedian(values, 0), color=color, label=name, linewidth=1.6)
+            if len(values) > 1:
+                low, high = np.nanquantile(values, (0.25, 0.75), axis=0)
+                ax.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+        finish(ax, title, x, y, log=log, log_x=log_x)
+    save(figure, path)
 
 
-def dots(axes: Axes, groups: Mapping[str, Sequence[float]], *, colours: Mapping[str, str] | None = None) -> None:
-    """Every run as a dot in its group's row, the median as a bar; groups from top to bottom."""
-    names = list(groups)
-    for row, name in enumerate(names):
-        colour = (colours or {}).get(name) or COLOURS[row % len(COLOURS)]
-        values = groups[name]
-        spread = [row + 0.22 * ((n % 5) - 2) / 2 for n in range(len(values))]
-        axes.plot(values, spread, "o", color=colour, markersize=3.5, alpha=0.5, markeredgewidth=0)
-        axes.plot([median(values)] * 2, [row - 0.32, row + 0.32], color=colour, linewidth=2.4)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
+def points(
+    path: Path,
+    panels: Sequence[tuple[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]],
+    *,
+    x: str,
+    y: str,
+    log: bool = False,
+    log_x: bool = False,
+    joined: bool = False,
+) -> None:
+    """`path` is a picture: in each panel (title, clouds) one point per (x, y) of each cloud."""
+    figure, axes = panel_row(len(panels))
+    for ax, (title, clouds) in zip(axes, panels, strict=True):
+        for number, (name, (at, values)) in enumerate(clouds.items()):
+            style = "-o" if joined else "o"
+            ax.plot(at, values, style, color=COLORS[number % len(COLORS)], label=name, markersize=4, alpha=0.8)
+        finish(ax, title, x, y, log=log, log_x=log_x)
+    save(figure, path)
 
 
-def legend(axes: Axes, **where: Any) -> None:
-    """A small legend without a frame."""
-    axes.legend(fontsize=7.5, frameon=False, **where)
+def bars(path: Path, title: str, heights: Mapping[str, Sequence[float]], *, y: str, log: bool = False) -> None:
+    """`path` is a picture: one bar per name at the median over seeds, every seed a point on it."""
+    figure, (ax,) = panel_row(1)
+    for number, (name, values) in enumerate(heights.items()):
+        color = COLORS[number % len(COLORS)]
+        ax.bar(number, float(np.nanmedian(values)), color=color, alpha=0.55, width=0.7)
+        ax.plot([number] * len(values), values, "o", color=color, markersize=3.5)
+        ax.set_xticks(range(len(heights)), list(heights), rotation=20, ha="right", fontsize=8)
+    finish(ax, title, "", y, log=log, legend=False)
+    save(figure, path)
 
 
-def save(figure: Figure, folder: Path, name: str) -> str:
-    """The picture is `folder`/`name`; returns the name."""
-    figure.savefig(folder / name, metadata={"Software": None})
-    return name
+def panel_row(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, count, figsize=(5.6 * count, 3.9), squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def finish(
+    ax: Axes, title: str, x: str, y: str, *, log: bool = False, log_x: bool = False, legend: bool = True
+) -> None:
+    """Title, labels, scales, a quiet frame, a legend if anything has a name."""
+    ax.set_title(title, fontsize=10, color=INK, loc="left")
+    ax.set_xlabel(x, fontsize=9, color=INK)
+    ax.set_ylabel(y, fontsize=9, color=INK)
+    if log:
+        ax.set_yscale("log")
+    if log_x:
+        ax.set_xscale("log")
+    ax.grid(True, color="#e6e8eb", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8, colors=QUIET)
+    if legend and ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7.5, frameon=False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The figure is written, always the same bytes for the same content, and closed."""
+    from matplotlib import pyplot
+
+    options: dict[str, Any] = {"metadata": {"Software": None}} if path.suffix == ".png" else {}
+    figure.savefig(path, dpi=110, **options)
+    pyplot.close(figure)
