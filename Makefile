@@ -18,7 +18,7 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help grow test lint soak bench doctor clean
+.PHONY: help grow test lint soak bench results doctor clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make soak    every test, with many random examples (long)"
 	@echo "make bench   the benchmarks, beside other libraries  ARGS=..."
+	@echo "make results the page bench/results/README.md, from the result files beside it"
 	@echo "make doctor  is everything installed and working?"
 	@echo "make clean   remove .venv, build products and caches"
 
@@ -46,6 +47,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/irgrow bench $(ARGS)
+
+results: $(VENV)/.core
+	$(BIN)/python -m bench.page
 
 doctor: $(VENV)/.core
 	$(BIN)/irgrow doctor

@@ -84,6 +84,7 @@ _HOME = {
         "MaxEigenValue",
         "AmplitudeFactor",
     ),
+    "irgrow.experiments.compare": ("compare", "Comparison"),
     "irgrow.io": ("save", "load", "read_extra", "save_checkpoint", "load_checkpoint", "Checkpoint"),
 }
 _MODULES = ("passes", "kernels", "ir", "growth", "testing", "analysis", "io", "viz", "experiments")
