@@ -35,7 +35,8 @@ SQUARE = tl.constexpr(_CODE["square"])
 BENT = tl.constexpr(~(1 << _CODE["identity"] | 1 << _CODE["relu"]))  # all but the two most frequent ones
 
 LEAK = tl.constexpr(LEAKY_SLOPE)
-SELU_SCALE, SELU_BELOW = tl.constexpr(1.0507009873554804934), tl.constexpr(1.0507009873554804934 * 1.6732632423543772848)
+SELU_SCALE = tl.constexpr(1.0507009873554804934)
+SELU_BELOW = tl.constexpr(1.0507009873554804934 * 1.6732632423543772848)
 SOFTPLUS_LINEAR = tl.constexpr(20.0)  # torch: softplus(z) = z above this
 SOFTPLUS_AT_LINEAR = tl.constexpr(20.0000000020611537)  # softplus of it
 ROOT_HALF = tl.constexpr(0.70710678118654752440)

@@ -6,21 +6,22 @@ The variable is Triton's own. It decides when a kernel's file is imported, so it
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+
+_INSTALLED = find_spec("triton") is not None
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # what the kernels compute on
 
 
-def runs_triton(like: Tensor) -> bool:
-    """Whether Triton kernels run on tensors where this one lies."""
-    return why_not_triton(like.device) is None
+def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton kernels run on such tensors."""
+    return dtype in DTYPES and why_not_triton(device) is None
 
 
 def why_not_triton(device: torch.device) -> str | None:
     """What keeps Triton kernels from running on this device; None if nothing does."""
-    if not _has_triton():
+    if not _INSTALLED:
         return "triton is not installed"
     if device.type == "cuda" or (device.type == "cpu" and interpreted()):
         return None
@@ -30,8 +31,3 @@ def why_not_triton(device: torch.device) -> str | None:
 def interpreted() -> bool:
     """Whether Triton kernels are interpreted, as Triton reads the variable."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-@lru_cache(1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -5,7 +5,7 @@ computed by different threads, which find each other's rows in global memory: a 
 Nothing is sent, only fetched, and every sum has a fixed order: results repeat bit for bit.
 
 Structure is data (walk_plan.py, walk_tiles.py): sizes and strides are not specialised, so that a region of another
-size, or one that grew, runs the kernels that are there. `variants` are all there is to compile for a dtype.
+size, or one that grew, runs the kernels that are there. `variants` is all there is to compile for a dtype.
 
 Values are stored in the dtype of the operands; sums are float64 for float64 and float32 for the others.
 """
@@ -40,13 +40,10 @@ HEADER, MAX, FIELDS = tl.constexpr(_HEADER), tl.constexpr(_MAX), tl.constexpr(_F
 FIRST, LAST, STEP = tl.constexpr(int(Field.FIRST)), tl.constexpr(int(Field.LAST)), tl.constexpr(int(Field.STEP))
 TURNS, MAX_TURNS = tl.constexpr(int(Field.TURNS)), tl.constexpr(int(Field.MAX_TURNS))
 CODES, OPENS = tl.constexpr(int(Field.CODES)), tl.constexpr(int(Field.OPENS))
-AHEAD = tl.constexpr(4)  # edges of a lane fetched at a time: their loads overlap
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PADDED_TO = 16  # entries of a pitch
-_NARROW, _WIDE, _MANY = 8, 32, 2048  # batch columns of a program, and the batch from which it takes more
-_WARPS = {_NARROW: 4, _WIDE: 8}
-_SLICE = 1024  # batch columns that one program sums up for the gradients of weights
+_COLUMNS = 8  # batch columns of a program: a whole sector of float32, and many programs for small batches
+_SUMMED_AT_ONCE, _SLICE = 32, 1024  # batch columns that one program sums up: in a step, in all
 
 
 # Structure is data: no kernel is compiled for the value of one of these, or for where an operand happens to lie.
@@ -67,15 +64,34 @@ _DATA = dict(
 def _edge_sums(
     acc, begin, stop, step, turns, column, index, weights, source, pitch, places, live, ACC: tl.constexpr
 ):  # fmt: skip
-    """acc [R, C] plus the sum over edges e = begin, begin + step, ... < stop of weights[index[e]] * source[column[e]]."""
-    for turn in range(0, turns, AHEAD):
-        for k in tl.static_range(AHEAD):
-            e = begin + (turn + k) * step
-            on = e < stop
-            row = tl.load(column + e, mask=on, other=0).to(tl.int64)
-            w = tl.load(weights + tl.load(index + e, mask=on, other=0), mask=on, other=0.0).to(ACC)
-            v = tl.load(source + row * pitch + places, mask=on & live, other=0.0).to(ACC)
-            acc += w * v
+    """acc [R, C] plus the sum over edges e = begin, begin + step, ... < stop of weights[index[e]] * source[column[e]].
+
+    Four edges at a time, loads of one kind together: their latencies overlap.
+    """
+    for turn in range(0, turns, 4):
+        e0 = begin + turn * step
+        e1, e2, e3 = e0 + step, e0 + 2 * step, e0 + 3 * step
+        on0, on1, on2, on3 = e0 < stop, e1 < stop, e2 < stop, e3 < stop
+        c0 = tl.load(column + e0, mask=on0, other=0).to(tl.int64)
+        c1 = tl.load(column + e1, mask=on1, other=0).to(tl.int64)
+        c2 = tl.load(column + e2, mask=on2, other=0).to(tl.int64)
+        c3 = tl.load(column + e3, mask=on3, other=0).to(tl.int64)
+        i0 = tl.load(index + e0, mask=on0, other=0)
+        i1 = tl.load(index + e1, mask=on1, other=0)
+        i2 = tl.load(index + e2, mask=on2, other=0)
+        i3 = tl.load(index + e3, mask=on3, other=0)
+        v0 = tl.load(source + c0 * pitch + places, mask=on0 & live, other=0.0)
+        v1 = tl.load(source + c1 * pitch + places, mask=on1 & live, other=0.0)
+        v2 = tl.load(source + c2 * pitch + places, mask=on2 & live, other=0.0)
+        v3 = tl.load(source + c3 * pitch + places, mask=on3 & live, other=0.0)
+        w0 = tl.load(weights + i0, mask=on0, other=0.0)
+        w1 = tl.load(weights + i1, mask=on1, other=0.0)
+        w2 = tl.load(weights + i2, mask=on2, other=0.0)
+        w3 = tl.load(weights + i3, mask=on3, other=0.0)
+        acc += w0.to(ACC) * v0.to(ACC)
+        acc += w1.to(ACC) * v1.to(ACC)
+        acc += w2.to(ACC) * v2.to(ACC)
+        acc += w3.to(ACC) * v3.to(ACC)
     return acc
 
 
@@ -125,42 +141,44 @@ def _walk_forward(
         tile = tiles + number * FIELDS
         first, last, step = tl.load(tile + FIRST), tl.load(tile + LAST), tl.load(tile + STEP)
         turns, max_turns, present = tl.load(tile + TURNS), tl.load(tile + MAX_TURNS), tl.load(tile + CODES)
-        if tl.load(tile + OPENS) != 0:
-            tl.debug_barrier()  # rows of earlier levels, by whichever thread, are in place
+        opens = tl.load(tile + OPENS)
         alone = step != 1
         rows = first + tl.where(alone, 0, lanes)
         inside = rows < last
+        owned = inside & ((lanes == 0) | (step == 1)) & live
+        to = rows.to(tl.int64)
         start = tl.load(pointer + rows, mask=inside, other=0)
         stop = tl.load(pointer + rows + 1, mask=inside, other=0)
         is_max = tl.load(aggregations + rows, mask=inside, other=0) == MAX
         code = tl.load(codes + rows, mask=inside, other=0)
-        owned = inside & ((lanes == 0) | (step == 1)) & live
-        to = rows.to(tl.int64)
+        slope_slot = tl.load(slope_at + rows, mask=inside, other=-1)
+        extra = tl.zeros([R, C], ACC)
+        if has_biases != 0:
+            bias = tl.load(bias_at + rows, mask=inside, other=-1)
+            extra += tl.load(biases + bias, mask=inside & (bias >= 0), other=0.0).to(ACC)
+        if has_offset != 0:
+            extra += tl.load(offset + to * offset_row + places * offset_column, mask=inside & given, other=0.0).to(ACC)
+        if opens != 0:
+            tl.debug_barrier()  # from here on rows of earlier levels, by whichever thread, are in place
 
         begin = start + tl.where(alone, lanes, 0)
         z = tl.zeros([R, C], ACC)
-        z = _edge_sums(
-            z, begin, tl.where(is_max, start, stop), step, turns, column, index, weights, buffer, pitch, places, live, ACC
-        )  # fmt: skip
+        summed_to, pooled_to = tl.where(is_max, start, stop), tl.where(is_max, stop, start)
+        z = _edge_sums(z, begin, summed_to, step, turns, column, index, weights, buffer, pitch, places, live, ACC)
         if alone:
             z = tl.zeros([R, C], ACC) + tl.sum(z, 0)[None, :]
         if max_turns > 0:
             best, winner = _largest(
-                start, tl.where(is_max, stop, start), max_turns, column, index, weights, buffer, pitch, places, live, ACC
+                start, pooled_to, max_turns, column, index, weights, buffer, pitch, places, live, ACC
             )  # fmt: skip
             z = tl.where(is_max, best, z)
             if keep != 0:
                 slot = tl.load(winner_at + rows, mask=inside, other=-1)
                 tl.store(winners + slot.to(tl.int64) * pitch + places, winner, mask=owned & (slot >= 0))
-        if has_biases != 0:
-            bias = tl.load(bias_at + rows, mask=inside, other=-1)
-            z += tl.load(biases + bias, mask=inside & (bias >= 0), other=0.0).to(ACC)
-        if has_offset != 0:
-            z += tl.load(offset + to * offset_row + places * offset_column, mask=inside & given, other=0.0).to(ACC)
+        z += extra
         if keep != 0:
-            slot = tl.load(slope_at + rows, mask=inside, other=-1)
             slope = slope_of(z, code, present)
-            tl.store(slopes + slot.to(tl.int64) * pitch + places, slope, mask=owned & (slot >= 0))
+            tl.store(slopes + slope_slot.to(tl.int64) * pitch + places, slope, mask=owned & (slope_slot >= 0))
         tl.store(buffer + (n_in + to) * pitch + places, activate(z, code, present), mask=owned)
 
 
@@ -189,17 +207,27 @@ def _walk_backward(
         tile = tiles + number * FIELDS
         first, last, step = tl.load(tile + FIRST), tl.load(tile + LAST), tl.load(tile + STEP)
         turns, max_turns, present = tl.load(tile + TURNS), tl.load(tile + MAX_TURNS), tl.load(tile + CODES)
-        if tl.load(tile + OPENS) != 0:
-            tl.debug_barrier()
+        opens = tl.load(tile + OPENS)
         alone = step != 1
         rows = first + tl.where(alone, 0, lanes)
         inside = rows < last
         share = tl.where(alone, lanes, 0)
         owned = inside & ((lanes == 0) | (step == 1)) & live
-
+        computed = inside & (rows >= n_in)  # all rows of the tile or none
+        to, from_outside = rows.to(tl.int64), (rows - n_in).to(tl.int64)
         reverse = rows_in_all - 1 - rows  # the transposed rows stand last to first
         start = tl.load(child_pointer + reverse, mask=inside, other=0)
         stop = tl.load(child_pointer + reverse + 1, mask=inside, other=0)
+        code = tl.load(codes + from_outside, mask=computed, other=0)
+        slot = tl.load(slope_at + from_outside, mask=computed, other=-1).to(tl.int64)
+        dy = tl.load(
+            incoming + from_outside * incoming_row + places * incoming_column, mask=computed & given, other=0.0
+        )  # fmt: skip
+        y = tl.load(buffer + to * pitch + places, mask=computed & live, other=0.0)
+        kept = tl.load(slopes + slot * pitch + places, mask=(slot >= 0) & live, other=1.0)
+        if opens != 0:
+            tl.debug_barrier()
+
         g = tl.zeros([R, C], ACC)
         g = _edge_sums(
             g, start + share, stop, step, turns, child, child_index, weights, gradient, pitch, places, live, ACC
@@ -220,16 +248,8 @@ def _walk_backward(
         if alone:
             g = tl.zeros([R, C], ACC) + tl.sum(g, 0)[None, :]
 
-        if first >= n_in:
-            row = (rows - n_in).to(tl.int64)
-            g += tl.load(incoming + row * incoming_row + places * incoming_column, mask=inside & given, other=0.0).to(ACC)
-            code = tl.load(codes + row, mask=inside, other=0)
-            y = tl.load(buffer + rows.to(tl.int64) * pitch + places, mask=owned, other=0.0).to(ACC)
-            g = chain(g, y, code, present)
-            slot = tl.load(slope_at + row, mask=inside, other=-1)
-            kept = tl.load(slopes + slot.to(tl.int64) * pitch + places, mask=owned & (slot >= 0), other=1.0)
-            g *= kept.to(ACC)
-        tl.store(gradient + rows.to(tl.int64) * pitch + places, g, mask=owned)
+        g = chain(g + dy.to(ACC), y.to(ACC), code, present) * kept.to(ACC)
+        tl.store(gradient + to * pitch + places, g, mask=owned)
 
 
 @triton.jit(**_DATA)
@@ -297,29 +317,21 @@ def _total(
 Saved = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def _accumulator(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+@lru_cache
+def variants(dtype: torch.dtype) -> dict[Any, tuple[dict[str, Any], int]]:
+    """For every kernel (constants, warps) with which it runs for operands of this dtype."""
+    accumulator = tl.float64 if dtype == torch.float64 else tl.float32
+    tile = {"R": LANES, "C": _COLUMNS, "ACC": accumulator}
+    return {
+        _walk_forward: (tile, 4),
+        _walk_backward: (tile, 4),
+        _batch_sums: ({"E": LANES, "C": _SUMMED_AT_ONCE, "ACC": accumulator}, 4),
+        _total: ({"R": LANES, "ACC": accumulator}, 1),
+    }
 
 
-def variants(dtype: torch.dtype) -> list[tuple[Any, dict[str, Any], int]]:
-    """Every (kernel, constants, warps) that runs for operands of this dtype."""
-    found = []
-    for columns, warps in _WARPS.items():
-        shape = {"R": LANES, "C": columns, "ACC": _accumulator(dtype)}
-        found += [(_walk_forward, shape, warps), (_walk_backward, shape, warps)]
-    return [
-        *found,
-        (_batch_sums, {"E": LANES, "C": _WIDE, "ACC": _accumulator(dtype)}, 4),
-        (_total, {"R": LANES, "ACC": _accumulator(dtype)}, 1),
-    ]
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *operands: Any, columns: int = 0) -> None:
-    [(constants, warps)] = [
-        (constants, warps)
-        for one, constants, warps in variants(like.dtype)
-        if one is kernel and (not columns or constants["C"] == columns)
-    ]
+def _launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *operands: Any) -> None:
+    constants, warps = variants(like.dtype)[kernel]
     with torch.cuda.device_of(like):
         kernel[grid](*operands, **constants, num_warps=warps, enable_fp_fusion=True)
 
@@ -336,11 +348,10 @@ def forward(
     buffer = inputs.new_empty((plan.rows, pitch))
     slopes = inputs.new_empty((plan.slopes, pitch)) if keep and plan.slopes else None
     winners = tiles.structure.new_empty((plan.maxima, pitch)) if keep and plan.maxima else None
-    columns = _columns(batch)
     if batch and plan.neurons:
         _launch(
             _walk_forward,
-            (triton.cdiv(batch, columns),),
+            (triton.cdiv(batch, _COLUMNS),),
             inputs,
             *(tiles.structure, tiles.forward, tiles.winner, inputs, weights),
             weights if biases is None else biases,
@@ -351,7 +362,6 @@ def forward(
             *(plan.inputs, plan.neurons, plan.edges, len(tiles.forward), batch),
             *(int(biases is not None), int(offset is not None), int(keep)),
             *(pitch, *inputs.stride(), *((0, 0) if offset is None else offset.stride())),
-            columns=columns,
         )
     return buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch), (buffer, slopes, winners)
 
@@ -365,18 +375,16 @@ def backward(
     incoming, weights = incoming.resolve_neg(), weights.resolve_neg().contiguous()
     gradient = torch.empty_like(buffer)
     winners = tiles.structure if winners is None else winners
-    columns = _columns(batch)
     tile_count = len(tiles.backward) if needs[0] else tiles.computed
     if batch and tile_count:
         _launch(
             _walk_backward,
-            (triton.cdiv(batch, columns),),
+            (triton.cdiv(batch, _COLUMNS),),
             buffer,
             *(tiles.structure, tiles.backward, tiles.winner, tiles.max_pointer, tiles.max_child, tiles.max_edge),
             *(incoming, weights, buffer, buffer if slopes is None else slopes, winners, gradient),
             *(plan.inputs, plan.neurons, plan.edges, len(plan.child), tile_count, batch),
             *(pitch, *incoming.stride()),
-            columns=columns,
         )
     d_weights, d_biases = _over_the_batch(plan, buffer, gradient, winners, batch, needs[1], needs[2])
     return (
@@ -419,19 +427,13 @@ def _pitch(batch: int) -> int:
     return -(-batch // _PADDED_TO) * _PADDED_TO
 
 
-def _columns(batch: int) -> int:
-    return _NARROW if batch < _MANY else _WIDE
-
-
 @lru_cache
 def _compiled(device: torch.device, dtype: torch.dtype) -> bool:
     """Every variant has run once there: from now on nothing is compiled, whatever is walked."""
     structure = make_plan(1, [0, 1, 3], [0, 0, 1], code=0, weight=[0, 0, 1], aggregation=[SUM, _MAX], bias=0)
     weights, biases = torch.ones(2, dtype=dtype, device=device), torch.ones(1, dtype=dtype, device=device)
-    for batch in (1, _MANY):
-        x = torch.ones(1, batch, dtype=dtype, device=device)
-        values, saved = forward(structure, x, weights, biases, None, True)
-        backward(structure, values, saved, weights, biases, (True, True, True, False))
+    values, saved = forward(structure, weights[:1, None], weights, biases, None, True)
+    backward(structure, values, saved, weights, biases, (True, True, True, False))
     return True
 
 
@@ -560,8 +562,8 @@ def walk(
     where Triton cannot run, TypeError for another dtype, and what `walk.walk` raises.
     """
     door._check(plan, inputs, weights, biases, offset)
-    if inputs.dtype not in DTYPES:
-        raise TypeError(f"walk: operands for Triton must be one of {DTYPES}, found {inputs.dtype}")
+    if inputs.dtype not in gpu.DTYPES:
+        raise TypeError(f"walk: operands for Triton must be one of {gpu.DTYPES}, found {inputs.dtype}")
     missing = gpu.why_not_triton(inputs.device)
     if missing:
         raise RuntimeError(f"walk: Triton cannot run here: {missing}; use walk.walk")
