@@ -38,7 +38,7 @@ LEAK = tl.constexpr(LEAKY_SLOPE)
 SELU_SCALE = tl.constexpr(1.0507009873554804934)
 SELU_BELOW = tl.constexpr(1.0507009873554804934 * 1.6732632423543772848)
 SOFTPLUS_LINEAR = tl.constexpr(20.0)  # torch: softplus(z) = z above this
-SOFTPLUS_AT_LINEAR = tl.constexpr(20.0000000020611537)  # softplus of it
+SOFTPLUS_AT_LINEAR = tl.constexpr(20.0000000020611608)  # softplus of it, and two roundings more
 ROOT_HALF = tl.constexpr(0.70710678118654752440)
 BELL_SCALE = tl.constexpr(0.39894228040143267794)  # 1 / sqrt(2 pi)
 
@@ -49,16 +49,16 @@ BELL_SCALE = tl.constexpr(0.39894228040143267794)  # 1 / sqrt(2 pi)
 @triton.jit
 def _exp_minus_one(x):
     """exp(x) - 1 for x <= 0, without cancellation: (u - 1) x / log(u) hardly depends on the rounding of u = exp(x)."""
-    u = tl.exp(x)
-    near = tl.where(u == 1.0, x, (u - 1.0) * (x / tl.log(u)))
-    return tl.where(x < -40.0, u - 1.0, near)
+    u, far = tl.exp(x), x < -40.0
+    near = (u - 1.0) * (x / tl.log(tl.where((u == 1.0) | far, 2.0, u)))
+    return tl.where(far, u - 1.0, tl.where(u == 1.0, x, near))
 
 
 @triton.jit
 def _log_one_plus(u):
     """log(1 + u) for 0 <= u <= 1, likewise."""
     w = 1.0 + u
-    return tl.where(w == 1.0, u, tl.log(w) * (u / (w - 1.0)))
+    return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
 
 
 @triton.jit
@@ -157,7 +157,10 @@ def slope_of(z, code, present):
 
 @triton.jit
 def chain(g, y, code, present):
-    """g sigma'(z) of a tile, from y = sigma(z); g where the slope is kept instead."""
+    """g sigma'(z) of a tile, from y = sigma(z); g where the slope is kept instead.
+
+    Numbers are compared with 0: Triton rounds one that is compared with another to float32.
+    """
     d = g
     if ((present >> RELU) & 1) != 0:
         d = tl.where(code == RELU, tl.where(y <= 0.0, 0.0, g), d)
@@ -174,5 +177,5 @@ def chain(g, y, code, present):
             d = tl.where(code == ELU, tl.where(y > 0.0, g, g * (y + 1.0)), d)
         if ((present >> SOFTPLUS) & 1) != 0:
             bent = -g * _exp_minus_one(-_positive_part(y))
-            d = tl.where(code == SOFTPLUS, tl.where(y > SOFTPLUS_AT_LINEAR, g, bent), d)
+            d = tl.where(code == SOFTPLUS, tl.where(y - SOFTPLUS_AT_LINEAR > 0.0, g, bent), d)
     return d
