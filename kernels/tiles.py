@@ -93,7 +93,6 @@ def _fuse(builder, place, a, b):
 grow_one, grow_two = _tile(1), _tile(2)
 
 
-
 @intrinsic
 def add_line(_typing, out, at, line, scale, count):
     """out[at + l] += scale * line[l] for l < count, added in the precision of `out` (that of `scale`)."""

@@ -3,8 +3,8 @@
     values[r] = sigma_r( aggregate over edges e of row r (weights[weight[e]] * value[column[e]]) + bias_r + offset[r] )
 
 `plan` makes the structure (walk_plan.py), `walk_reference` says what it means in plain torch, `walk` is the door:
-it runs compiled code on the CPU for float32 and float64, and the reference everywhere else. Values are
-feature-major: one row per neuron, the batch contiguous.
+it runs compiled code on the CPU for float32 and float64, Triton on a GPU, and the reference everywhere else.
+Values are feature-major: one row per neuron, the batch contiguous.
 """
 
 from __future__ import annotations
@@ -24,12 +24,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from irgrow.kernels import gpu
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.walk_plan import MAX, SUM, Rows, WalkPlan, parts_of, plan
 
 __all__ = [
-    *("MAX", "SUM", "Rows", "WalkPlan", "cost", "joined", "parts_of", "plan"),
-    *("walk", "walk_reference", "walk_rows"),
+    "MAX",
+    "SUM",
+    "Rows",
+    "WalkPlan",
+    "cost",
+    "joined",
+    "parts_of",
+    "plan",
+    "walk",
+    "walk_reference",
+    "walk_rows",
+    "walked_by",
 ]
 
 _FUNCTION = {a.code: a.function for a in ACTIVATIONS.values()}
@@ -656,8 +667,9 @@ def walk(
     (stride(0) >= B).
 
     Differentiable any number of times in all; sums over edges and over the batch are accumulated in the
-    dtype of the operands. float32 and float64 on the CPU run compiled; everything else, torch.func transforms
-    and second derivatives run `walk_reference`. Raises ValueError or TypeError for operands that do not fit.
+    dtype of the operands. float32 and float64 on the CPU run compiled, floats on a GPU by Triton
+    (walk_triton.py); everything else, torch.func transforms and second derivatives run `walk_reference`.
+    Raises ValueError or TypeError for operands that do not fit.
     """
     return _walk(plan, None, inputs, weights, biases, offset)
 
@@ -681,6 +693,10 @@ def _walk(
 ) -> Tensor:
     weight_parts, bias_parts = _parts(weights), _parts(biases)
     _check(plan, inputs, weights, weight_parts, biases, bias_parts, offset)
+    if not inputs.is_cpu and gpu.runs_triton(inputs.device, inputs.dtype):
+        from irgrow.kernels import walk_triton
+
+        return _picked(rows, walk_triton.walk(plan, inputs, weights, biases, offset))
     if torch.compiler.is_compiling():
         return _picked(rows, _opaque(plan, inputs, weights, biases, offset))
     if not _runs_compiled(inputs) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -694,6 +710,13 @@ def _walk(
     if needs_gradient and torch.is_grad_enabled():
         return _Walk.apply(plan, rows, len(weight_parts), *operands)
     return _forward(plan, rows, inputs, weight_parts, bias_parts, offset, False)[0]
+
+
+def walked_by(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs `walk` there: numba, Triton or plain torch."""
+    if device.type == "cpu":
+        return "numba" if dtype in _LIKE and _kernels() is not None else "plain torch"
+    return "Triton" if gpu.runs_triton(device, dtype) else "plain torch"
 
 
 def _picked(rows: Rows | None, values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ class WalkPlan:
         """The plan whose `structure` this is: an array that `plan` made."""
         array = structure.numpy() if isinstance(structure, Tensor) else structure
         header = array[:HEADER].tolist()
-        return WalkPlan(
+        made = WalkPlan(
             structure=array,
             tensor=torch.from_numpy(array),
             address=array.ctypes.data,
@@ -98,6 +99,8 @@ class WalkPlan:
             maxima=header[_MAXIMA],
             slopes=header[_SLOPES],
         )
+        _PLANS[made.address] = made
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WalkPlan.of_structure, (self.structure,)  # a copy has an address of its own
@@ -220,6 +223,15 @@ def _parts_of(pointer: Indices, weight: Indices, ends: NDArray[np.int64], part_o
                 return False
         part_of[r] = part
     return True
+
+
+_PLANS: WeakValueDictionary[int, WalkPlan] = WeakValueDictionary()  # by address: a plan keeps its memory
+
+
+def plan_of(structure: Tensor) -> WalkPlan:
+    """The plan whose `tensor` this is: the very one, with all that was made for it, as long as it lives."""
+    known = _PLANS.get(structure.data_ptr())
+    return WalkPlan.of_structure(structure) if known is None or len(known.structure) != len(structure) else known
 
 
 def plan(
