@@ -3,8 +3,8 @@
     values[r] = sigma_r( aggregate over edges e of row r (weights[weight[e]] * value[column[e]]) + bias_r + offset[r] )
 
 `plan` makes the structure (walk_plan.py), `walk_reference` says what it means in plain torch, `walk` is the door:
-it runs compiled code on the CPU for float32 and float64, and the reference everywhere else. Values are
-feature-major: one row per neuron, the batch contiguous.
+it runs compiled code on the CPU for float32 and float64, Triton on a GPU, and the reference everywhere else.
+Values are feature-major: one row per neuron, the batch contiguous.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from irgrow.kernels import gpu
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.walk_plan import MAX, SUM, WalkPlan, plan
 
@@ -464,10 +465,15 @@ def walk(
     rows may be padded (stride(0) >= B).
 
     Differentiable any number of times in all four; sums over edges and over the batch are accumulated in the
-    dtype of the operands. float32 and float64 on the CPU run compiled; everything else, torch.func transforms
-    and second derivatives run `walk_reference`. Raises ValueError or TypeError for operands that do not fit.
+    dtype of the operands. float32 and float64 on the CPU run compiled, floats on a GPU by Triton
+    (walk_triton.py); everything else, torch.func transforms and second derivatives run `walk_reference`.
+    Raises ValueError or TypeError for operands that do not fit.
     """
     _check(plan, inputs, weights, biases, offset)
+    if not inputs.is_cpu and gpu.runs_triton(inputs.device, inputs.dtype):
+        from irgrow.kernels import walk_triton
+
+        return walk_triton.walk(plan, inputs, weights, biases, offset)
     if torch.compiler.is_compiling():
         return _walk_op(plan.tensor, inputs, weights, biases, offset, plan.neurons, plan.slopes)[0]
     if not _runs_compiled(inputs) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -482,6 +488,13 @@ def walk(
     ):
         return _Walk.apply(plan, inputs, weights, biases, offset)
     return _forward(plan, inputs, weights, biases, offset, False)[0]
+
+
+def walked_by(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs `walk` there: numba, Triton or plain torch."""
+    if device.type == "cpu":
+        return "numba" if dtype in _LIKE and _kernels() is not None else "plain torch"
+    return "Triton" if gpu.runs_triton(device, dtype) else "plain torch"
 
 
 def _check(plan: WalkPlan, inputs: Tensor, weights: Tensor, biases: Tensor | None, offset: Tensor | None) -> None:

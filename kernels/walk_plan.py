@@ -26,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class WalkPlan:
         """The plan whose `structure` this is: an array that `plan` made."""
         array = structure.numpy() if isinstance(structure, Tensor) else structure
         header = array[:HEADER].tolist()
-        return WalkPlan(
+        made = WalkPlan(
             structure=array,
             tensor=torch.from_numpy(array),
             address=array.ctypes.data,
@@ -96,6 +97,8 @@ class WalkPlan:
             maxima=header[_MAXIMA],
             slopes=header[_SLOPES],
         )
+        _PLANS[made.address] = made
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WalkPlan.of_structure, (self.structure,)  # a copy has an address of its own
@@ -163,6 +166,15 @@ class WalkPlan:
 
     def _part(self, start: int, length: int) -> Indices:
         return self.structure[HEADER + start : HEADER + start + length]
+
+
+_PLANS: WeakValueDictionary[int, WalkPlan] = WeakValueDictionary()  # by address: a plan keeps its memory
+
+
+def plan_of(structure: Tensor) -> WalkPlan:
+    """The plan whose `tensor` this is: the very one, with all that was made for it, as long as it lives."""
+    known = _PLANS.get(structure.data_ptr())
+    return WalkPlan.of_structure(structure) if known is None or len(known.structure) != len(structure) else known
 
 
 def plan(

@@ -16,24 +16,23 @@ from irgrow.compiler.schedule import Block, Part, Walk, schedule
 from irgrow.ir.errors import BackendError
 from irgrow.ir.network import Bundle, Group, Network
 from irgrow.ir.pattern import Dense
-from irgrow.kernels import graph
+from irgrow.kernels import gpu, graph
 from irgrow.kernels import walk as walk_kernel
 from irgrow.kernels.activations import ACTIVATIONS
 
-BACKENDS = ("auto", "torch", "numba")
+BACKENDS = ("auto", "torch", "numba", "triton")
 
 
 def lower(network: Network, *, device: torch.device | str = "cpu", backend: str = "auto") -> Program:
     """A program for a verified network. Depends on the structure only, never on weights.
 
-    backend: `auto` chooses; `torch` runs everything in plain torch; `numba` needs its compiled walk.
+    backend: `auto` chooses; `torch` runs everything in plain torch; `numba` and `triton` walk irregular regions
+    with their kernels, on a CPU and on a GPU. Matrix products, convolutions, pooling and norms are the library's.
     """
     device = torch.device(device)
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r}", expected=f"one of {', '.join(BACKENDS)}")
-    if backend == "numba" and device.type != "cpu":
-        raise BackendError("backend 'numba'", f"device {device}", "cpu", do="use backend='auto'")
-    walk = walk_kernel.walk_reference if backend == "torch" else walk_kernel.walk
+    walk, by = _walker(backend, device, network.dtype)
     places = Places(network, device)
     for name in network.inputs:
         places.put(places.new_slot(by_rows=False), name, None, None)
@@ -43,8 +42,28 @@ def lower(network: Network, *, device: torch.device | str = "cpu", backend: str 
             steps.append(BlockStep(network, stage, places, walk))
         else:
             steps.append(WalkStep(network, stage, places, walk))
+        if isinstance(stage, Walk) or any(part.walked for part in stage.parts):
+            steps[-1].reason += f"; walked by {by}"
     outputs = tuple(places.fetch(name) for name in network.outputs)
     return Program(tuple(steps), network.inputs, outputs, len(places), places)
+
+
+def _walker(backend: str, device: torch.device, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    """The walk of a backend there, and what runs it; raises BackendError if that is not the one asked for."""
+    if backend == "torch":
+        return walk_kernel.walk_reference, "plain torch"
+    if backend == "triton":
+        missing = gpu.why_not_triton(device)
+        if missing:
+            do = "move the network there, set TRITON_INTERPRET=1 before Python starts, or use backend='auto'"
+            raise BackendError("backend 'triton'", missing, "a GPU and triton", do=do)
+        from irgrow.kernels import walk_triton
+
+        return walk_triton.walk, "interpreted Triton" if gpu.interpreted() else "Triton"
+    by = walk_kernel.walked_by(device, dtype)
+    if backend == "numba" and by != "numba":
+        raise BackendError("backend 'numba'", f"{dtype} on {device}: {by}", "float32 or float64 on a CPU, with numba")
+    return walk_kernel.walk, by
 
 
 class BlockStep:

@@ -1,0 +1,130 @@
+"""Whole networks whose irregular regions run on Triton: they compute what the interpreter says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import irgrow as ig
+from irgrow.ir.interpreter import interpret
+from irgrow.ir.network import Network
+from irgrow.testing import inputs_for, random_network
+
+NETWORKS = 50
+
+
+def outputs(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else out
+
+
+def worst(ours: list[Tensor | None], theirs: list[Tensor | None]) -> float:
+    """The largest max|a - b| over all tensors, relative to the largest entry of any of them."""
+    scale = max((float(b.detach().abs().max()) for b in theirs if b is not None and b.numel()), default=0.0) or 1.0
+    change = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if a is None and b is None:
+            continue
+        a = torch.zeros_like(b) if a is None else a.detach().cpu()  # type: ignore[arg-type]
+        b = torch.zeros_like(a) if b is None else b
+        if b.numel():
+            change = max(change, float((a.double() - b.detach().double()).abs().max()) / scale)
+    return change
+
+
+def compare(network: Network, device: str, batch: int = 4) -> tuple[str, float, float]:
+    """(which kernel each step got, worst output, worst gradient) against the float64 interpreter."""
+    model = ig.compile(network, backend="triton", device=device).eval()
+    ours = [x.to(device).requires_grad_() for x in inputs_for(network, batch)]
+    theirs = [x.detach().double().cpu().requires_grad_() for x in ours]
+    names = network.trainable()
+    held = {n: network.tensors()[n].double().requires_grad_() for n in names}
+    y, reference = outputs(model(*ours)), outputs(interpret(network, *theirs, tensors=held))
+    draw = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(r.shape, generator=draw, dtype=torch.float64) for r in reference]
+    given = [c.to(device, network.dtype) for c in cotangents]
+    mine = torch.autograd.grad(y, [*(model.tensors()[n] for n in names), *ours], given, allow_unused=True)
+    wanted = torch.autograd.grad(reference, [*held.values(), *theirs], cotangents, allow_unused=True)
+    return model.explain(), worst(list(y), list(reference)), worst(list(mine), list(wanted))
+
+
+def normalised(network: Network) -> bool:
+    return any(g.norm is not None and g.norm.across_units for g in network.groups.values())
+
+
+def test_random_networks(device: str, large: bool) -> None:
+    """The first networks that have something to walk; larger ones where there is time."""
+    size = {"steps": 5, "widest": 6} if large else {"steps": 2, "widest": 3}
+    walked = seed = 0
+    while walked < NETWORKS:
+        network = random_network(seed, **size).to(torch.float64)
+        seed += 1
+        if "walked by" not in ig.compile(network).explain():
+            continue
+        walked += 1
+        explained, value, gradient = compare(network, device)
+        assert ("walked by Triton" if large else "walked by interpreted Triton") in explained
+        # A norm over one or two units divides rounding errors by sqrt(eps): no kernel agrees to 1e-12 there.
+        limit = 1e-9 if normalised(network) else 1e-12
+        assert value <= limit and gradient <= 10 * limit, (seed - 1, value, gradient)
+
+
+def grown(insertions: int, dtype: torch.dtype = torch.float64, inputs: int = 6) -> Network:
+    builder = ig.Builder(seed=0, dtype=dtype)
+    builder.input("x", inputs)
+    builder.output("y", 3)
+    builder.connect("x", "y")
+    network = builder.build()
+    for seed in range(insertions):
+        kind = ("sin", "tanh")[seed % 2]
+        network = ig.InsertNeuron(3, seed=seed, activation=kind, group=kind)(network).after
+    return network
+
+
+def test_float32(device: str, large: bool) -> None:
+    _, value, gradient = compare(grown(300 if large else 5, torch.float32), device, 64 if large else 4)
+    assert value <= 1e-5 and gradient <= 1e-5
+
+
+def test_hessian_vector_products(device: str) -> None:
+    network = grown(4)
+    x = inputs_for(network, 3)[0].to(device)
+    products = []
+    for backend in ("triton", "torch"):
+        model = ig.compile(network, backend=backend, device=device)
+        held = list(model.parameters())
+        first = torch.autograd.grad(model(x).pow(3).sum(), held, create_graph=True)
+        along = sum((g * torch.ones_like(g)).sum() for g in first)
+        products.append([h.cpu() for h in torch.autograd.grad(along, held)])  # type: ignore[arg-type]
+    assert worst(*products) <= 1e-11  # type: ignore[arg-type]
+    assert max(float(h.abs().max()) for h in products[1]) > 0
+
+
+def test_a_model_that_grows_and_trains(device: str, large: bool) -> None:
+    """The same module after every growth: what it computes is what its network means."""
+    model = ig.compile(grown(3), backend="triton", device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x = inputs_for(model.network(), 4)[0].to(device)
+    for seed in range(20 if large else 3):
+        model.grow(ig.InsertNeuron(2, seed=100 + seed, activation="gelu")(model.network()), optimizer)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    network = model.network().to(device="cpu")
+    expected = interpret(network, x.cpu())
+    assert worst([model(x)], [expected]) <= 1e-12  # type: ignore[list-item]
+
+
+def test_every_step_names_its_kernel(device: str) -> None:
+    network = ig.mlp([40, 60, 5], seed=0, dtype=torch.float64)
+    for seed in range(3):
+        network = ig.InsertNeuron(3, seed=seed)(network).after
+    explained, value, gradient = compare(network, device)
+    assert "dense" in explained and "Triton" in explained
+    assert value <= 1e-12 and gradient <= 1e-11
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_batch(batch: int, device: str) -> None:
+    _, value, gradient = compare(grown(4), device, batch)
+    assert value <= 1e-12 and gradient <= 1e-11
