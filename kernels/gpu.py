@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -31,3 +32,13 @@ def why_not_triton(device: torch.device) -> str | None:
 def interpreted() -> bool:
     """Whether Triton kernels are interpreted, as Triton reads the variable."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: torch.Tensor, *operands: Any, **named: Any) -> None:
+    """The kernel runs on the device of `like`; `named` are its constants, warps and stages. An empty grid is nothing.
+
+    Contraction of a * b + c into one rounding is asked for by name: Triton's default is about to change.
+    """
+    if 0 not in grid:
+        with torch.cuda.device_of(like):
+            kernel[grid](*operands, **named, enable_fp_fusion=True)
