@@ -93,7 +93,6 @@ def _fuse(builder, place, a, b):
 grow_one, grow_two = _tile(1), _tile(2)
 
 
-
 @intrinsic
 def add_line(_typing, out, at, line, scale, count):
     """out[at + l] += scale * line[l] for l < count, added in the precision of `out` (that of `scale`)."""
@@ -113,11 +112,10 @@ def add_line(_typing, out, at, line, scale, count):
                 product = builder.fmul(line, _spread(builder, scale, whole), flags=("contract",))
                 total = builder.fadd(builder.load(place, align=align), product, flags=("contract",))
                 builder.store(total, place, align=align)
-            with part:
-                with cgutils.for_range(builder, count) as loop:
-                    place = builder.gep(out, [builder.add(at, loop.index)])
-                    product = builder.fmul(builder.extract_element(line, loop.index), scale, flags=("contract",))
-                    builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
+            with part, cgutils.for_range(builder, count) as loop:
+                place = builder.gep(out, [builder.add(at, loop.index)])
+                product = builder.fmul(builder.extract_element(line, loop.index), scale, flags=("contract",))
+                builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
         return context.get_dummy_value()
 
     return types.void(out, types.int64, line, out.dtype, types.int64), generate
