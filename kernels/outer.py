@@ -1,18 +1,24 @@
 """Sums over samples of outer products of features, in float64: S = sum b b^T, M = sum b g^T, ...
 
 Features are [n, width] (one row per sample), or a list of such blocks standing side by side. With `ones` a
-constant-1 feature stands after the last one. Each chunk of samples is turned feature-major once, multiplied in its
-own precision (float64 stays float64, everything else becomes float32) and added into float64 sums.
-Symmetric sums are computed on and above the diagonal, a strip of columns at a time, and mirrored once at the end.
-Nothing depends on scheduling: the same calls give the same bits.
+constant-1 feature stands after the last one. Chunks of samples are multiplied in their own precision (float64 stays
+float64, everything else becomes float32) and added into float64 sums. Symmetric sums are computed on and above the
+diagonal and mirrored once at the end. Nothing depends on scheduling: the same calls give the same bits, whatever the
+number of threads.
+
+    tiles      compiled (outer_numba.py), on a CPU with numba: both operands packed once, sums held in registers
+    products   matrix products of feature-major chunks, by oneDNN or whatever torch has
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +59,9 @@ def accumulate(
     _check_out("accumulate", out, _width(left_blocks) + ones, _width(right_blocks))
     for a in range(0, n, chunk):
         rows = slice(a, min(a + chunk, n))
+        if by_tiles(out, dtype):
+            add_packed(out, _pack(left_blocks, rows, ones, dtype), _pack(right_blocks, rows, False, dtype), scale=scale)
+            continue
         columns, others = _feature_major(left_blocks, rows, ones, dtype), _sample_major(right_blocks, rows, dtype)
         add_products(out, columns, others.T, scale=scale)
     return out
@@ -71,7 +80,12 @@ def accumulate_gram(
     n, dtype, d = _samples(blocks), _precision(blocks), _width(blocks) + ones
     _check_out("accumulate_gram", out, d, d)
     for a in range(0, n, chunk):
-        _add_gram(out, _feature_major(blocks, slice(a, min(a + chunk, n)), ones, dtype), scale)
+        rows = slice(a, min(a + chunk, n))
+        if by_tiles(out, dtype):
+            packed = _pack(blocks, rows, ones, dtype)
+            add_packed(out, packed, packed, scale=scale, symmetric=True)
+        else:
+            _add_gram(out, _feature_major(blocks, rows, ones, dtype), scale)
     return out
 
 
@@ -169,6 +183,8 @@ class OuterSums:
         every = [block for of_one in blocks.values() for block in of_one]
         self._precision = _precision(every)
         device = every[0].device
+        if device.type == "cpu" and compiled() is not None:
+            self._feature_major = set()
         for name, of_one in blocks.items():
             shape = _width(of_one) + (name in self._ones), self._chunk
             shape = shape if name in self._feature_major else shape[::-1]
@@ -194,6 +210,11 @@ class OuterSums:
 
     def _multiply(self, sums: Mapping[tuple[str, str], Tensor]) -> None:
         columns = {name: self._columns(name, 0, self._filled) for name in self.names}
+        if by_tiles(next(iter(sums.values())), self._precision):
+            packed = {name: pack([x.T], self._precision) for name, x in columns.items()}
+            for (left, right), total in sums.items():
+                add_packed(total, packed[left], packed[right], symmetric=left == right)
+            return
         for name in self._feature_major:
             columns[name] = columns[name].contiguous()
         for (left, right), total in sums.items():
@@ -203,6 +224,85 @@ class OuterSums:
                 add_products(total, columns[left], columns[right])
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Features of some samples as the compiled tiles read them: `data` [groups, samples, columns of a group]."""
+
+    data: Tensor
+    width: int  # columns that are there; those of the last group after them are 0
+
+    def samples(self, start: int, count: int) -> Packed:
+        """A range of the samples, not copied."""
+        return Packed(self.data.narrow(1, start, count), self.width)
+
+
+@lru_cache(1)
+def compiled() -> Any:
+    """The compiled tiles, or None without numba."""
+    try:
+        from irgrow.kernels import outer_numba
+    except ImportError:
+        return None
+    return outer_numba
+
+
+def by_tiles(out: Tensor, dtype: torch.dtype) -> bool:
+    """Whether sums into `out` run compiled."""
+    fits = out.is_cpu and out.dtype == torch.float64 and out.stride(-1) == 1
+    return fits and dtype in (torch.float32, torch.float64) and compiled() is not None
+
+
+def route(device: torch.device | str = "cpu") -> tuple[str, str]:
+    """(route, reason) of the sums there."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return "products", f"matrix products of {kind}"
+    if compiled() is None:
+        return "products", "numba is not installed"
+    return "tiles", "compiled: one packing per operand, the triangle of symmetric sums, float64 added from registers"
+
+
+def pack(blocks: Sequence[Tensor], dtype: torch.dtype, *, ones: bool = False) -> Packed:
+    """The blocks [samples, width] side by side, packed; with `ones` a constant 1 last."""
+    return _pack(blocks, slice(0, len(blocks[0])), ones, dtype)
+
+
+def add_packed(out: Tensor, left: Packed, right: Packed, *, scale: float = 1.0, symmetric: bool = False) -> None:
+    """`out` has grown by scale * sum over samples of left right^T; with `symmetric` on and above its diagonal only.
+
+    out [left.width, right.width] float64, rows contiguous.
+    """
+    from irgrow.kernels.shared import LIKE, share
+
+    (bands, samples, _), groups = left.data.shape, len(right.data)
+    items = sum(min(bands, group + 1) for group in range(groups)) if symmetric else bands * groups
+    fixed = (out.data_ptr(), out.stride(0), left.data.data_ptr(), left.data.stride(0), right.data.data_ptr())
+    fixed = (*fixed, right.data.stride(0), samples, left.width, right.width, int(symmetric))
+    add, like, factor = compiled().add, LIKE[left.data.dtype], np.float64(scale)
+    work = samples * left.width * right.width // (2 if symmetric else 1)
+    share(lambda first, last: add(like, factor, (*fixed, first, last)), items, work)
+
+
+def _pack(blocks: Sequence[Tensor], rows: slice, ones: bool, dtype: torch.dtype) -> Packed:
+    from irgrow.kernels.shared import LIKE
+
+    samples, width = rows.stop - rows.start, _width(blocks) + ones
+    group = 32 if dtype == torch.float32 else 16
+    data = torch.empty(-(-width // group), samples, group, dtype=dtype)
+    if width % group:
+        data[-1, :, width % group :] = 0.0
+    copy, like, start = compiled().pack, LIKE[dtype], 0
+    for block in blocks:
+        block = block[rows].detach().resolve_neg().to(dtype)
+        strides = block.stride(0), block.stride(1)
+        target = data.data_ptr(), data.stride(0), start, samples, 0, block.shape[1]
+        copy(like, like + 1, (block.data_ptr(), *strides, *target))
+        start += block.shape[1]
+    if ones:
+        data[-1, :, (width - 1) % group] = 1.0
+    return Packed(data, width)
+
+
 def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0) -> None:
     """`out` has grown by scale * left right^T: every row of left [p, n] times every row of right [q, n].
 
@@ -210,6 +310,9 @@ def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0
     one go, and loses 2e-6 over 4,000 samples.
     """
     (p, n), q = left.shape, len(right)
+    if left.dtype == right.dtype and by_tiles(out, left.dtype):
+        add_packed(out, pack([left.T], left.dtype), pack([right.T], left.dtype), scale=scale)
+        return
     pieces = n // _PIECE
     if left.dtype == torch.float32 and pieces > 1 and p * q < _SMALL and not _suits_onednn(left, p * q * n):
         whole = pieces * _PIECE

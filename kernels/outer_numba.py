@@ -46,9 +46,10 @@ def _pack(like, scale, source_at, row, step, target_at, stride, start, samples, 
                 for k in range(count):
                     target[base + s * width + k] = scale * source[s * row + c + k]
         else:
-            for k in range(count):
-                for s in range(samples):
-                    target[base + s * width + k] = scale * source[s * row + (c + k) * step]
+            for some in range(0, samples, width):  # so many rows of the target stay in the cache
+                for k in range(count):
+                    for s in range(some, min(some + width, samples)):
+                        target[base + s * width + k] = scale * source[s * row + (c + k) * step]
         c += count
 
 

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irgrow.kernels.outer import accumulate, accumulate_gram, add_products, mirror
+from irgrow.kernels.outer import Packed, accumulate, accumulate_gram, add_packed, add_products, by_tiles, mirror, pack
+from irgrow.kernels.shared import share
 
 Pair = tuple[int, int]
 PIXELS = 8192  # per float32 product
@@ -186,10 +187,23 @@ def patch_cross(
     total = torch.zeros(*window.kernel, outputs, channels, dtype=torch.float64, device=x.device)
     step = min(grid.images(PIXELS), max(1, batch))
     planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in _phases(rows, columns)}
-    place = torch.zeros(outputs, step, *grid.size, dtype=dtype, device=x.device)
+    tiles = by_tiles(total, dtype)
+    landing = grid.planes(step, outputs, x.device, dtype) if tiles else None
+    place = torch.zeros(0 if tiles else outputs, step, *grid.size, dtype=dtype, device=x.device)
     for a in range(0, batch, step):
         part = slice(a, min(a + step, batch))
         count = part.stop - a
+        if landing is not None:
+            landing.fill(y[part])
+            for phase, plane in planes.items():
+                plane.fill(_phase(x[part], phase, rows, columns))
+            moves = [
+                (total[i, j], landing, planes[row.phase, column.phase], (row.offset, column.offset))
+                for i, row in enumerate(rows.taps)
+                for j, column in enumerate(columns.taps)
+            ]
+            _add_moved(moves, count)
+            continue
         place[:, :count, : rows.outputs, : columns.outputs] = y[part].transpose(0, 1)
         left = place[:, :count].reshape(outputs, -1)
         for phase, plane in planes.items():
@@ -509,15 +523,21 @@ def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> Non
     phases = _phases(plan.rows, plan.columns)
     planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in phases}
     # The same pixels with each channel's together: what stands left in a product.
-    places = {phase: torch.zeros(channels, step, *grid.size, dtype=dtype, device=x.device) for phase in phases}
+    tiles = by_tiles(sums, dtype)
+    places = {} if tiles else {p: torch.zeros(channels, step, *grid.size, dtype=dtype, device=x.device) for p in phases}
     for a in range(0, len(x), step):
         part = x[a : a + step]
         left = {}
         for phase in phases:
             image = _phase(part, phase, plan.rows, plan.columns)
             planes[phase].fill(image)
+            if tiles:
+                continue
             places[phase][:, : len(part), : image.shape[2], : image.shape[3]] = image.transpose(0, 1)
             left[phase] = places[phase][:, : len(part)].reshape(channels, -1)
+        if tiles:
+            _add_moved([(sums[at], planes[t.left], planes[t.right], t.shift) for at, t in whole], len(part))
+            continue
         for at, term in whole:
             right = planes[term.right].pixels(term.shift, left[term.left].shape[1])
             add_products(sums[at], left[term.left], right.T)
@@ -526,6 +546,28 @@ def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> Non
             strips = _Strips(plan, part.to(dtype))
             for at, term in border:
                 strips.add(sums[at], term)
+
+
+def _add_moved(moves: list[tuple[Tensor, _Plane, _Plane, Pair]], images: int) -> None:
+    """Each `out` grows by the sum over pixels p of left(p) right(p + shift)^T; every plane is packed once.
+
+    Of a plane with itself at no shift only what is not below the diagonal.
+    """
+    packed: dict[int, Packed] = {}
+    for _, *both, _ in moves:
+        for plane in both:
+            if id(plane) not in packed:
+                packed[id(plane)] = pack([plane.flat], plane.flat.dtype)
+    work = sum(out.numel() for out, *_ in moves) * images * moves[0][1].grid.size[0] * moves[0][1].grid.size[1]
+
+    def run(first: int, last: int) -> None:
+        for out, left, right, (dy, dx) in moves[first:last]:
+            count = images * left.grid.size[0] * left.grid.size[1]
+            a = packed[id(left)].samples(left.margin, count)
+            b = packed[id(right)].samples(right.margin + dy * right.grid.width + dx, count)
+            add_packed(out, a, b, symmetric=left is right and (dy, dx) == (0, 0))
+
+    share(run, len(moves), work)
 
 
 class _Strips:

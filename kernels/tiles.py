@@ -112,11 +112,10 @@ def add_line(_typing, out, at, line, scale, count):
                 product = builder.fmul(line, _spread(builder, scale, whole), flags=("contract",))
                 total = builder.fadd(builder.load(place, align=align), product, flags=("contract",))
                 builder.store(total, place, align=align)
-            with part:
-                with cgutils.for_range(builder, count) as loop:
-                    place = builder.gep(out, [builder.add(at, loop.index)])
-                    product = builder.fmul(builder.extract_element(line, loop.index), scale, flags=("contract",))
-                    builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
+            with part, cgutils.for_range(builder, count) as loop:
+                place = builder.gep(out, [builder.add(at, loop.index)])
+                product = builder.fmul(builder.extract_element(line, loop.index), scale, flags=("contract",))
+                builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
         return context.get_dummy_value()
 
     return types.void(out, types.int64, line, out.dtype, types.int64), generate
