@@ -28,8 +28,17 @@ from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.walk_plan import MAX, SUM, Rows, WalkPlan, parts_of, plan
 
 __all__ = [
-    *("MAX", "SUM", "Rows", "WalkPlan", "cost", "joined", "parts_of", "plan"),
-    *("walk", "walk_reference", "walk_rows"),
+    "MAX",
+    "SUM",
+    "Rows",
+    "WalkPlan",
+    "cost",
+    "joined",
+    "parts_of",
+    "plan",
+    "walk",
+    "walk_reference",
+    "walk_rows",
 ]
 
 _FUNCTION = {a.code: a.function for a in ACTIVATIONS.values()}
