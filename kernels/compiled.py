@@ -18,5 +18,5 @@ def compiled_variants() -> dict[str, int]:
 
 
 def recompiled(before: dict[str, int]) -> list[str]:
-    """The functions that had been compiled `before`, and for other types of arguments since. First uses do not count."""
+    """The functions that had been compiled `before`, and since then for other types of arguments as well."""
     return [name for name, count in compiled_variants().items() if before.get(name, 0) and count > before[name]]

@@ -350,8 +350,8 @@ def _forward(like, operands):
     """Rows of `buffer` are filled, columns first..last (a whole number of lines; the real ones end at `batch`).
 
     `weights` is the address of all weights; or, where `part_of` names a part for every row, of a table of addresses,
-    each of which the indices of the weights count from. `slopes` (0: not wanted) receives sigma'(z) of the rows that store it, with the same pitch. `out` [B, count]
-    receives the values of the computed rows `picked`.
+    each of which the indices of the weights count from. `slopes` (0: not wanted) receives sigma'(z) of the rows that
+    store it, with the same pitch. `out` [B, count] receives the values of the computed rows `picked`.
     """
     structure, buffer, pitch, inputs, inputs_pitch, inputs_step, weights, part_of, biases = operands[:9]
     offset, offset_pitch, slopes, picked, count, out, batch, first, last = operands[9:]
@@ -462,9 +462,9 @@ def _backward(like, operands):
 
     Gradients of weights come with those of the rows their edges leave: wanting them implies `every_row`.
     incoming [neurons, B] is the gradient of the computed values; or [count, B], anyhow strided, that of the computed
-    rows `picked`, the others having none (count -1: all of them, in order). `d_weights` and `d_biases` (0: not wanted) are
-    added to, in the first panel after their first `clear_...` entries have been set to 0 (see `backward`). `d_inputs`
-    [B, inputs] and `d_offset` [neurons, samples] (0: not wanted) receive their part of `gradient`.
+    rows `picked`, the others having none (count -1: all of them, in order). `d_weights` and `d_biases` (0: not wanted)
+    are added to, in the first panel after their first `clear_...` entries have been set to 0 (see `backward`).
+    `d_inputs` [B, inputs] and `d_offset` [neurons, samples] (0: not wanted) receive their part of `gradient`.
     """
     structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, incoming_step, count, picked = operands[:10]
     gradient, d_weights, d_biases, _clear_weights, _clear_biases, every_row = operands[10:16]

@@ -211,13 +211,13 @@ class WalkStep:
         read: list[NDArray[np.integer]] = []
         count = 0
         inside = {g.name for g, rows, _ in self._groups if rows.size == g.neurons}
-        parts = {part.bundle.name for _, _, parts in stage.offsets for part in parts}
-        walked = {name for name, bundle in stage.bundles.items() if bundle.target in inside} - parts
+        added = {part.bundle.name for _, _, parts in stage.offsets for part in parts}
+        walked = {name for name, bundle in stage.bundles.items() if bundle.target in inside} - added
         for g, rows, local in self._groups:
-            if g.name in inside and g.name not in network.outputs:
-                if all(bundle.name in walked for bundle in network.leaving(g.name)):
-                    places.put(self._slot, g.name, local, rows)
-                    continue
+            private = g.name in inside and g.name not in network.outputs
+            if private and all(bundle.name in walked for bundle in network.leaving(g.name)):
+                places.put(self._slot, g.name, local, rows)
+                continue
             order = np.argsort(local)
             read.append(rows[order])
             places.put(self._read_slot, g.name, local[order], count + np.arange(rows.size))

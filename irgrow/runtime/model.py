@@ -117,17 +117,20 @@ class CompiledNetwork(nn.Module):
         return (outputs[0] if len(outputs) == 1 else outputs), recorded
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
-        if len(inputs) == 1 == len(self._shapes):  # the usual case, in a microsecond
-            [x] = inputs
-            if type(x) is Tensor and x.dtype is self._dtype and x.device == self._device:
-                if x.shape[1:] == self._shapes[0] and x.dim():
-                    return
+        if len(inputs) == 1 == len(self._shapes) and self._fits(inputs[0]):
+            return  # the usual case, in a microsecond
         check_inputs(self._structure, inputs)
         for name, x in zip(self._structure.inputs, inputs, strict=True):
             if x.dtype != self._dtype:
                 raise BadData(f"input {name!r}", x.dtype, f"{self._dtype}, as the model", do=f"use x.to({self._dtype})")
             if x.device != self._device:
                 raise BadData(f"input {name!r}", f"device {x.device}", self._device, do="move it with .to(...)")
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether this may be the only input."""
+        if type(x) is not Tensor or x.dtype is not self._dtype or x.device != self._device:
+            return False
+        return x.dim() > 0 and x.shape[1:] == self._shapes[0]
 
     # ---- growing ------------------------------------------------------------------------------------------
 
