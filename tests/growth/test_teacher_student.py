@@ -5,36 +5,32 @@ from __future__ import annotations
 from statistics import median
 
 import pytest
-import torch
 
-from irgrow.experiments.teacher_student import GROWN, METHODS, compare, run, table, teacher
+from irgrow.experiments.teacher_student import Task, run_one
 from irgrow.ir.errors import UnknownName
 
-
-def test_the_teacher() -> None:
-    x, y = teacher(3, (20, 10, 5))
-    assert x.shape == (1000, 20) and y.shape == (1000, 5)
-    assert torch.equal(y, teacher(3, (20, 10, 5))[1]) and not torch.equal(y, teacher(4, (20, 10, 5))[1])
-    assert abs(float(x.mean())) < 0.05 and abs(float(x.std()) - 1) < 0.05
+SHORT = Task((6, 4, 3), growths=2, every=10, after=10)
 
 
-def test_one_short_run_of_every_method() -> None:
-    found = {m: run(m, 0, geometry=(6, 4, 3), every=10, after=10) for m in METHODS}
-    for method, result in found.items():
-        assert result.growths == (2 if method in GROWN else 0) and len(result.losses) == 31
-        assert result.final < result.losses[0]
-    assert found["gradmax"].losses[:10] == found["random"].losses[:10]  # the same beginning
-    assert found["random"].losses[10] == pytest.approx(found["small"].losses[10], rel=1e-12)  # silent at first
+def test_silent_units_change_nothing_and_gradmax_goes_its_own_way() -> None:
+    small, random, gradmax = (run_one(m, SHORT, 0, record=1) for m in ("small", "random", "gradmax"))
+    assert small.losses[:11] == random.losses[:11] == gradmax.losses[:11]
+    assert random.losses[11] == pytest.approx(small.losses[11], rel=1e-12)  # fan-out zero: silent for one step
+    assert (small.widths[-1], random.widths[-1], gradmax.widths[-1]) == (2, 4, 4)
+    assert random.losses[-1] != small.losses[-1] and gradmax.losses[-1] != small.losses[-1]
     with pytest.raises(UnknownName, match="method 'tall': expected one of small, big"):
-        run("tall", 0)
-    assert "median" in table(compare(["small"], [0], geometry=(2, 2, 2)))
+        run_one("tall", SHORT, 0)
+
+
+def final(method: str, sizes: tuple[int, int, int], signs: bool) -> float:
+    return median(run_one(method, sizes, seed, signs).final for seed in range(20))
 
 
 @pytest.mark.slow
 def test_twenty_seeds() -> None:
-    found = compare(["small", "random", "gradmax"])
-    small, random, gradmax = (median(found[m]) for m in ("small", "random", "gradmax"))
+    small, random = (final(m, (10, 10, 10), False) for m in ("small", "random"))
+    gradmax = final("gradmax", (10, 10, 10), True)
     assert small > random > gradmax
-    signs = compare(["gradmax", "gradmax, signs as they come"], geometry=(20, 10, 10))
-    chosen, free = (median(losses) for losses in signs.values())
+    chosen, free = (final("gradmax", (20, 10, 10), signs) for signs in (True, False))
     assert 4 * chosen <= free
+    print(f"small {small:.4g}, random {random:.4g}, gradmax {gradmax:.4g}; 20:10:10 {chosen:.4g} against {free:.4g}")
