@@ -457,7 +457,13 @@ class _Walk(torch.autograd.Function):
         *operands, buffer, slopes, winners = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
-            return None, *door._reference_gradients(ctx.plan, incoming, tuple(operands), needs)
+            inputs, weights, biases, offset = operands
+            parts = () if biases is None else (biases,)
+            wanted = (needs[0], needs[3], needs[1], *(needs[2] for _ in parts))
+            d_inputs, d_offset, d_weights, *d_biases = door._reference_gradients(
+                ctx.plan, incoming, inputs, offset, (weights,), parts or None, wanted
+            )
+            return None, d_inputs, d_weights, d_biases[0] if d_biases else None, d_offset
         return None, *backward(ctx.plan, incoming, (buffer, slopes, winners), operands[1], operands[2], needs)
 
 

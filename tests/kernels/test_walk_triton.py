@@ -174,7 +174,7 @@ def test_a_specialised_kernel_would_be_compiled_again(monkeypatch: pytest.Monkey
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 INDICES = ("structure", "tiles", "winner_at", "max_pointer", "max_child", "max_edge", "winners", "row_of", "column_of")
-HALVES = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16)]
+SLOW = [torch.float64, torch.bfloat16, torch.float16]
 
 
 def compiled(kernel: Any, dtype: torch.dtype) -> Any:
@@ -200,7 +200,7 @@ def compiled(kernel: Any, dtype: torch.dtype) -> Any:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in SLOW)])
 def test_no_variant_spills(dtype: torch.dtype, tmp_path: Path, record_property: Any) -> None:
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     for kernel in walk_triton.variants(dtype):
