@@ -12,6 +12,7 @@ number of threads.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ CHUNK = 1024
 _STRIP = 128  # columns of a symmetric sum per product
 _WORTH_PREPARING = 2**23  # multiply-adds; oneDNN builds a kernel per new shape (0.7 ms)
 _PIECE, _SMALL = 512, 2**14  # samples per piece of a small product, entries of the largest small one
+_GROUP = {torch.float32: 32, torch.float64: 16}  # columns that are packed together: two lines
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -60,7 +62,12 @@ def accumulate(
     for a in range(0, n, chunk):
         rows = slice(a, min(a + chunk, n))
         if by_tiles(out, dtype):
-            add_packed(out, _pack(left_blocks, rows, ones, dtype), _pack(right_blocks, rows, False, dtype), scale=scale)
+            add_packed(
+                out,
+                _pack_rows(left_blocks, rows, ones, dtype, 0),
+                _pack_rows(right_blocks, rows, False, dtype, 1),
+                scale=scale,
+            )
             continue
         columns, others = _feature_major(left_blocks, rows, ones, dtype), _sample_major(right_blocks, rows, dtype)
         add_products(out, columns, others.T, scale=scale)
@@ -82,7 +89,7 @@ def accumulate_gram(
     for a in range(0, n, chunk):
         rows = slice(a, min(a + chunk, n))
         if by_tiles(out, dtype):
-            packed = _pack(blocks, rows, ones, dtype)
+            packed = _pack_rows(blocks, rows, ones, dtype, 0)
             add_packed(out, packed, packed, scale=scale, symmetric=True)
         else:
             _add_gram(out, _feature_major(blocks, rows, ones, dtype), scale)
@@ -128,7 +135,9 @@ class OuterSums:
         self._feature_major = {left for left, _ in self.pairs} | self._ones
         self._chunk = chunk
         self._filled = 0
-        self._buffers: dict[str, Tensor] = {}
+        self._tiles = False
+        self._buffers: dict[str, Tensor] = {}  # tiles: as in `Packed`
+        self._widths: dict[str, int] = {}
         self._sums: dict[tuple[str, str], Tensor] = {}
 
     @torch.no_grad()
@@ -151,9 +160,13 @@ class OuterSums:
                 raise ValueError(f"OuterSums: {name} has width and dtype {found}, expected {expected} as before")
         for a, b in self._pieces(n):
             for name, of_one in blocks.items():
+                scale, ones = (scales or {}).get(name, 1.0), name in self._ones
+                if self._tiles:
+                    _pack(of_one, slice(a, b), ones, self._buffers[name], at=self._filled, scale=scale)
+                    continue
                 place = self._columns(name, self._filled, self._filled + b - a)
-                _store(place, of_one, slice(a, b), (scales or {}).get(name, 1.0))
-                if name in self._ones:
+                _store(place, of_one, slice(a, b), scale)
+                if ones:
                     place[-1] = 1.0
             self._filled += b - a
             if self._filled == self._chunk:
@@ -183,10 +196,13 @@ class OuterSums:
         every = [block for of_one in blocks.values() for block in of_one]
         self._precision = _precision(every)
         device = every[0].device
-        if device.type == "cpu" and compiled() is not None:
-            self._feature_major = set()
+        self._tiles = device.type == "cpu" and compiled() is not None
         for name, of_one in blocks.items():
             shape = _width(of_one) + (name in self._ones), self._chunk
+            self._widths[name] = shape[0]
+            if self._tiles:
+                self._buffers[name] = _room(*shape, self._precision)
+                continue
             shape = shape if name in self._feature_major else shape[::-1]
             self._buffers[name] = torch.empty(shape, dtype=self._precision, device=device)
         for left, right in self.pairs:
@@ -206,15 +222,15 @@ class OuterSums:
         return buffer[:, start:stop] if name in self._feature_major else buffer[start:stop].T
 
     def _width_of(self, name: str) -> int:
-        return len(self._columns(name, 0, 0))
+        return self._widths[name]
 
     def _multiply(self, sums: Mapping[tuple[str, str], Tensor]) -> None:
-        columns = {name: self._columns(name, 0, self._filled) for name in self.names}
-        if by_tiles(next(iter(sums.values())), self._precision):
-            packed = {name: pack([x.T], self._precision) for name, x in columns.items()}
+        if self._tiles:
+            packed = {n: Packed(self._buffers[n], self._widths[n]).samples(0, self._filled) for n in self.names}
             for (left, right), total in sums.items():
                 add_packed(total, packed[left], packed[right], symmetric=left == right)
             return
+        columns = {name: self._columns(name, 0, self._filled) for name in self.names}
         for name in self._feature_major:
             columns[name] = columns[name].contiguous()
         for (left, right), total in sums.items():
@@ -262,9 +278,13 @@ def route(device: torch.device | str = "cpu") -> tuple[str, str]:
     return "tiles", "compiled: one packing per operand, the triangle of symmetric sums, float64 added from registers"
 
 
-def pack(blocks: Sequence[Tensor], dtype: torch.dtype, *, ones: bool = False) -> Packed:
-    """The blocks [samples, width] side by side, packed; with `ones` a constant 1 last."""
-    return _pack(blocks, slice(0, len(blocks[0])), ones, dtype)
+def pack(blocks: Sequence[Tensor], dtype: torch.dtype, *, ones: bool = False, slot: int = 0) -> Packed:
+    """The blocks [samples, width] side by side, packed; with `ones` a constant 1 last.
+
+    The memory is this thread's: packing into the same slot again overwrites it. (New memory costs more to map than
+    to fill.)
+    """
+    return _pack_rows(blocks, slice(0, len(blocks[0])), ones, dtype, slot)
 
 
 def add_packed(out: Tensor, left: Packed, right: Packed, *, scale: float = 1.0, symmetric: bool = False) -> None:
@@ -283,24 +303,41 @@ def add_packed(out: Tensor, left: Packed, right: Packed, *, scale: float = 1.0, 
     share(lambda first, last: add(like, factor, (*fixed, first, last)), items, work)
 
 
-def _pack(blocks: Sequence[Tensor], rows: slice, ones: bool, dtype: torch.dtype) -> Packed:
+_SCRATCH = threading.local()
+
+
+def _pack_rows(blocks: Sequence[Tensor], rows: slice, ones: bool, dtype: torch.dtype, slot: int) -> Packed:
+    samples, width = rows.stop - rows.start, _width(blocks) + ones
+    held: dict[tuple[int, torch.dtype], Tensor] = _SCRATCH.__dict__.setdefault("held", {})
+    group = _GROUP[dtype]
+    count = -(-width // group) * samples * group
+    if (slot, dtype) not in held or len(held[slot, dtype]) < count:
+        held[slot, dtype] = torch.empty(count, dtype=dtype)
+    data = held[slot, dtype][:count].view(-1, samples, group) if count else torch.empty(0, samples, group, dtype=dtype)
+    data[-1:, :, width % group or group :] = 0.0
+    _pack(blocks, rows, ones, data)
+    return Packed(data, width)
+
+
+def _room(width: int, samples: int, dtype: torch.dtype) -> Tensor:
+    """Zeros for so many packed samples."""
+    return torch.zeros(-(-width // _GROUP[dtype]), samples, _GROUP[dtype], dtype=dtype)
+
+
+def _pack(blocks: Sequence[Tensor], rows: slice, ones: bool, data: Tensor, *, at: int = 0, scale: float = 1.0) -> None:
+    """Samples `at` and after of `data` hold scale * these rows of the blocks, and with `ones` a constant 1."""
     from irgrow.kernels.shared import LIKE
 
-    samples, width = rows.stop - rows.start, _width(blocks) + ones
-    group = 32 if dtype == torch.float32 else 16
-    data = torch.empty(-(-width // group), samples, group, dtype=dtype)
-    if width % group:
-        data[-1, :, width % group :] = 0.0
-    copy, like, start = compiled().pack, LIKE[dtype], 0
+    samples, start, group = rows.stop - rows.start, 0, data.shape[2]
+    copy, like = compiled().pack, LIKE[data.dtype]
+    place = data.data_ptr() + at * group * data.element_size()
     for block in blocks:
-        block = block[rows].detach().resolve_neg().to(dtype)
-        strides = block.stride(0), block.stride(1)
-        target = data.data_ptr(), data.stride(0), start, samples, 0, block.shape[1]
-        copy(like, like + 1, (block.data_ptr(), *strides, *target))
+        block = block[rows].detach().resolve_neg().to(data.dtype)
+        target = place, data.stride(0), start, samples, 0, block.shape[1]
+        copy(like, like.dtype.type(scale), (block.data_ptr(), block.stride(0), block.stride(1), *target))
         start += block.shape[1]
     if ones:
-        data[-1, :, (width - 1) % group] = 1.0
-    return Packed(data, width)
+        data[start // group, at : at + samples, start % group] = 1.0
 
 
 def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0) -> None:
@@ -311,7 +348,7 @@ def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0
     """
     (p, n), q = left.shape, len(right)
     if left.dtype == right.dtype and by_tiles(out, left.dtype):
-        add_packed(out, pack([left.T], left.dtype), pack([right.T], left.dtype), scale=scale)
+        add_packed(out, pack([left.T], left.dtype), pack([right.T], left.dtype, slot=1), scale=scale)
         return
     pieces = n // _PIECE
     if left.dtype == torch.float32 and pieces > 1 and p * q < _SMALL and not _suits_onednn(left, p * q * n):

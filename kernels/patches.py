@@ -557,7 +557,7 @@ def _add_moved(moves: list[tuple[Tensor, _Plane, _Plane, Pair]], images: int) ->
     for _, *both, _ in moves:
         for plane in both:
             if id(plane) not in packed:
-                packed[id(plane)] = pack([plane.flat], plane.flat.dtype)
+                packed[id(plane)] = pack([plane.flat], plane.flat.dtype, slot=len(packed))
     work = sum(out.numel() for out, *_ in moves) * images * moves[0][1].grid.size[0] * moves[0][1].grid.size[1]
 
     def run(first: int, last: int) -> None:
