@@ -68,7 +68,7 @@ class Morphism:
         old, found = self.before.tensors(), {}
         scaled: set[str] = set()
         if scale != 1.0:
-            scaled |= {n for n in self.after.tensors() if n.startswith("weight.") and self.lineage.gathers[n]}
+            scaled |= {n for n in self.after.tensors() if n.startswith("weight.") and self.lineage.gathers.get(n)}
             scaled |= {*self.after.trainable()}
         for name, after in self.after.tensors().items():
             if self.lineage.unchanged(name) and after is old.get(name):

@@ -37,9 +37,9 @@ def _hook() -> None:
 def _before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     still = [(model._tensors[name], mask) for model in _models for name, mask in model._frozen.items()]
-    _kept[optimizer] = [(p, mask, p.detach()[mask]) for p, mask in still if id(p) in held]
+    _kept[optimizer] = [(p, mask, p.detach().clone()) for p, mask in still if id(p) in held]
 
 
 def _after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for parameter, mask, values in _kept.pop(optimizer, ()):
-        parameter.data[mask] = values
+        parameter.data.copy_(torch.where(mask, values, parameter.data))
