@@ -186,7 +186,7 @@ def fcn(plan: Plan, trainer: Trainer, network: Network, seed: int, rate: float) 
         "loss": curve.loss,
         "accuracy": curve.accuracy,
         "delta": deviation(end, local_masks(embedded)),
-        "filters": [filter_of(n) for n in (start, end)],
+        "filters": filters(start, end),
     }
 
 
@@ -230,7 +230,7 @@ def relaxed(plan: Plan, trainer: Trainer, epoch: int, snapshot: Network, seed: i
         "before": trainer.landscape(start),
         "after": trainer.landscape(end),
         "path": [_point(trainer, interpolate(start, end, t)) for t in PATH],
-        "filters": [filter_of(n) for n in (start, end)],
+        "filters": filters(start, end),
     }
 
 
@@ -238,12 +238,19 @@ def _point(trainer: Trainer, network: Network) -> dict[str, float]:
     return {"loss": trainer.loss(network), "accuracy": trainer.score(network)}
 
 
-def filter_of(network: Network) -> list[list[float]]:
-    """The first layer's weights into the top left neuron of its first channel, from the first image channel."""
-    bundle = next(b for b in network.bundles.values() if b.source in network.inputs)
-    shape = network.groups[bundle.source].shape
-    whole: list[list[float]] = bundle.weight[0].reshape(shape)[0].tolist()
-    return whole
+def filters(start: Network, end: Network) -> list[list[list[float]]]:
+    """First-layer weights from the first image channel into one neuron, before and after.
+
+    Of the neurons in the middle of the image the one whose filter changed most (others may be silent).
+    """
+    bundle = next(b for b in end.bundles.values() if b.source in end.inputs)
+    image = end.groups[bundle.source].shape
+    position = (image[1] // 2) * image[2] + image[2] // 2
+    weights = [
+        n.bundles[bundle.name].weight.reshape(-1, image[1] * image[2], *image)[:, position] for n in (start, end)
+    ]
+    changed = int((weights[1] - weights[0]).flatten(1).norm(dim=1).argmax())
+    return [w[changed, 0].tolist() for w in weights]
 
 
 # ---- what was found -------------------------------------------------------------------------------------------
@@ -498,7 +505,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
 
 
 def _filters(setting: Setting, relax: Sequence[int], first: dict[str, Any]) -> None:
-    """log |w| of one filter when relaxed and after training, and the FCN's start, end and change."""
+    """ln |w| of one filter when relaxed and after training, and the FCN's start, end and change."""
     middle = len(relax) // 2
     chosen = sorted({0, middle, len(relax) - 1})
     tiles = [
