@@ -62,7 +62,7 @@ def run(setting: Setting, plan: Plan | None = None) -> Findings:
     """Every seed's CNN, FCN and eFCNs."""
     plan = plan or (FULL if setting.full else Plan())
     data_of(plan)  # MissingData before anything is trained
-    return findings(setting, plan, setting.each(one, [(plan, seed) for seed in setting.seeds], "seeds"))
+    return findings(setting, plan, short(setting.each(one, [(plan, seed) for seed in setting.seeds], "seeds")))
 
 
 # ---- data and training ----------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def findings(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> Findin
             *([c[when][what] for c in cells] for what in ("lambda", "gradient") for when in ("before", "after")),
         ]
         out.rows.append((epoch, *(median(values) for values in row)))
-    out.data = {"runs": short(runs), "relax": list(plan.relax), "path": list(PATH)}
+    out.data = {"runs": runs, "relax": list(plan.relax), "path": list(PATH)}
     delta = median(r["fcn"]["delta"] for r in runs)
     out.notes = [
         f"Medians over seeds. {runs[0]['relaxed'][0]['parameters']:,} parameters of the eFCN, "
@@ -423,6 +423,12 @@ def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
     """All pictures; times on an axis that is linear up to 1 and logarithmic from there."""
     relax = list(plan.relax)
+
+    def times(ax: Any) -> None:
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xticks(relax, [str(epoch) for epoch in relax])
+        ax.minorticks_off()
+
     colors = [_shade(k / max(1, len(relax) - 1)) for k in range(len(relax))]
     first = runs[0]
 
@@ -432,7 +438,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
         ax.plot(first["fcn"][what], color="#b03a2e", label="FCN", linewidth=1.6)
         for cell, color in zip(first["relaxed"], colors, strict=True):
             ax.plot(cell[what], color=color, label=f"eFCN, relaxed at {cell['relax']}", linewidth=1.3)
-        ax.set_xscale("symlog", linthresh=1)
+        times(ax)
         pictures.finish(ax, f"{title}, seed {first['seed']}", "epochs since its start", title, log=what == "loss")
     pictures.save(figure, setting.out / "curves.png")
 
@@ -441,11 +447,11 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
 
     figure, axes = pictures.panel_row(3)
     ax = axes[0]
-    for values, label, color, style in (
+    for values, label, shade, style in (
         (medians(lambda c: c["accuracy"][-1]), "eFCN", pictures.COLORS[0], "-o"),
         (medians(lambda c: c["continued"][-1]), "CNN trained on (control)", pictures.COLORS[1], "-s"),
     ):
-        ax.plot(relax, values, style, color=color, label=label, markersize=4)
+        ax.plot(relax, values, style, color=shade, label=label, markersize=4)
     for r in runs:
         ax.plot(
             relax, [c["accuracy"][-1] for c in r["relaxed"]], "o", color=pictures.COLORS[0], markersize=2, alpha=0.4
@@ -453,13 +459,13 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
     ax.axhline(median(r["cnn"]["accuracy"][-1] for r in runs), color="black", linewidth=1, label="CNN at its end")
     ax.axhline(median(max(r["fcn"]["accuracy"]) for r in runs), color="#b03a2e", linewidth=1, linestyle="--",
                label="best FCN")  # fmt: skip
-    ax.set_xscale("symlog", linthresh=1)
+    times(ax)
     pictures.finish(ax, "final test accuracy (medians; dots: seeds)", "relax time, epochs", "accuracy")
     for ax, what, title in zip(axes[1:], ("gradient", "lambda"), ("gradient norm", "largest eigenvalue"), strict=True):
-        for when, color in (("before", pictures.COLORS[2]), ("after", pictures.COLORS[3])):
-            ax.plot(relax, medians(lambda c, a=when, b=what: c[a][b]), "-o", color=color, markersize=4,
+        for when, shade in (("before", pictures.COLORS[2]), ("after", pictures.COLORS[3])):
+            ax.plot(relax, medians(lambda c, a=when, b=what: c[a][b]), "-o", color=shade, markersize=4,
                     label=f"{when} training the eFCN")  # fmt: skip
-        ax.set_xscale("symlog", linthresh=1)
+        times(ax)
         pictures.finish(ax, title, "relax time, epochs", title, log=True)
     pictures.save(figure, setting.out / "relax.png")
 
@@ -474,7 +480,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
             x, y = [value(r["relaxed"][k]) for r in runs], [r["relaxed"][k]["delta"] for r in runs]
             ax.plot(x, y, "o", color=color, markersize=4, label=f"relaxed at {relax[k]}")
         if label.startswith("relax"):
-            ax.set_xscale("symlog", linthresh=1)
+            times(ax)
         if label.startswith("training"):
             ax.set_xscale("log")
         if label.startswith("final"):
@@ -492,7 +498,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
         )
     ):
         axes[0].plot(relax, medians(value), "-o", color=pictures.COLORS[n], markersize=4, label=label)
-    axes[0].set_xscale("symlog", linthresh=1)
+    times(axes[0])
     pictures.finish(axes[0], "parts of the trained eFCN", "relax time, epochs", "test accuracy")
     for ax, what in zip(axes[1:], ("loss", "accuracy"), strict=True):
         for k, color in enumerate(colors):
