@@ -320,9 +320,7 @@ def claims(plans: Sequence[Plan], of: Callable[[Plan, int, str, str], list[float
                     ">=",
                     2.0,
                     paper=paper.get((i, j), ""),
-                    note="compared at one training loss; the paper's networks, trained for equally many epochs, were not"
-                    if i
-                    else "",
+                    note="at one training loss; the paper's networks were trained for equally many epochs" if i else "",
                 )
             )
             found.append(
