@@ -62,7 +62,7 @@ def run(setting: Setting, plan: Plan | None = None) -> Findings:
     """Every seed's CNN, FCN and eFCNs."""
     plan = plan or (FULL if setting.full else Plan())
     data_of(plan)  # MissingData before anything is trained
-    return findings(setting, plan, setting.each(one, [(plan, seed) for seed in setting.seeds], "seeds"))
+    return findings(setting, plan, short(setting.each(one, [(plan, seed) for seed in setting.seeds], "seeds")))
 
 
 # ---- data and training ----------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def fcn(plan: Plan, trainer: Trainer, network: Network, seed: int, rate: float) 
         "loss": curve.loss,
         "accuracy": curve.accuracy,
         "delta": deviation(end, local_masks(embedded)),
-        "filters": [filter_of(n) for n in (start, end)],
+        "filters": filters(start, end),
     }
 
 
@@ -230,7 +230,7 @@ def relaxed(plan: Plan, trainer: Trainer, epoch: int, snapshot: Network, seed: i
         "before": trainer.landscape(start),
         "after": trainer.landscape(end),
         "path": [_point(trainer, interpolate(start, end, t)) for t in PATH],
-        "filters": [filter_of(n) for n in (start, end)],
+        "filters": filters(start, end),
     }
 
 
@@ -238,12 +238,19 @@ def _point(trainer: Trainer, network: Network) -> dict[str, float]:
     return {"loss": trainer.loss(network), "accuracy": trainer.score(network)}
 
 
-def filter_of(network: Network) -> list[list[float]]:
-    """The first layer's weights into the top left neuron of its first channel, from the first image channel."""
-    bundle = next(b for b in network.bundles.values() if b.source in network.inputs)
-    shape = network.groups[bundle.source].shape
-    whole: list[list[float]] = bundle.weight[0].reshape(shape)[0].tolist()
-    return whole
+def filters(start: Network, end: Network) -> list[list[list[float]]]:
+    """First-layer weights from the first image channel into one neuron, before and after.
+
+    Of the neurons in the middle of the image the one whose filter changed most (others may be silent).
+    """
+    bundle = next(b for b in end.bundles.values() if b.source in end.inputs)
+    image = end.groups[bundle.source].shape
+    position = (image[1] // 2) * image[2] + image[2] // 2
+    weights = [
+        n.bundles[bundle.name].weight.reshape(-1, image[1] * image[2], *image)[:, position] for n in (start, end)
+    ]
+    changed = int((weights[1] - weights[0]).flatten(1).norm(dim=1).argmax())
+    return [w[changed, 0].tolist() for w in weights]
 
 
 # ---- what was found -------------------------------------------------------------------------------------------
@@ -281,7 +288,7 @@ def findings(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> Findin
             *([c[when][what] for c in cells] for what in ("lambda", "gradient") for when in ("before", "after")),
         ]
         out.rows.append((epoch, *(median(values) for values in row)))
-    out.data = {"runs": short(runs), "relax": list(plan.relax), "path": list(PATH)}
+    out.data = {"runs": runs, "relax": list(plan.relax), "path": list(PATH)}
     delta = median(r["fcn"]["delta"] for r in runs)
     out.notes = [
         f"Medians over seeds. {runs[0]['relaxed'][0]['parameters']:,} parameters of the eFCN, "
@@ -416,6 +423,12 @@ def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
     """All pictures; times on an axis that is linear up to 1 and logarithmic from there."""
     relax = list(plan.relax)
+
+    def times(ax: Any) -> None:
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xticks(relax, [str(epoch) for epoch in relax])
+        ax.minorticks_off()
+
     colors = [_shade(k / max(1, len(relax) - 1)) for k in range(len(relax))]
     first = runs[0]
 
@@ -425,7 +438,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
         ax.plot(first["fcn"][what], color="#b03a2e", label="FCN", linewidth=1.6)
         for cell, color in zip(first["relaxed"], colors, strict=True):
             ax.plot(cell[what], color=color, label=f"eFCN, relaxed at {cell['relax']}", linewidth=1.3)
-        ax.set_xscale("symlog", linthresh=1)
+        times(ax)
         pictures.finish(ax, f"{title}, seed {first['seed']}", "epochs since its start", title, log=what == "loss")
     pictures.save(figure, setting.out / "curves.png")
 
@@ -434,11 +447,11 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
 
     figure, axes = pictures.panel_row(3)
     ax = axes[0]
-    for values, label, color, style in (
+    for values, label, shade, style in (
         (medians(lambda c: c["accuracy"][-1]), "eFCN", pictures.COLORS[0], "-o"),
         (medians(lambda c: c["continued"][-1]), "CNN trained on (control)", pictures.COLORS[1], "-s"),
     ):
-        ax.plot(relax, values, style, color=color, label=label, markersize=4)
+        ax.plot(relax, values, style, color=shade, label=label, markersize=4)
     for r in runs:
         ax.plot(
             relax, [c["accuracy"][-1] for c in r["relaxed"]], "o", color=pictures.COLORS[0], markersize=2, alpha=0.4
@@ -446,13 +459,13 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
     ax.axhline(median(r["cnn"]["accuracy"][-1] for r in runs), color="black", linewidth=1, label="CNN at its end")
     ax.axhline(median(max(r["fcn"]["accuracy"]) for r in runs), color="#b03a2e", linewidth=1, linestyle="--",
                label="best FCN")  # fmt: skip
-    ax.set_xscale("symlog", linthresh=1)
+    times(ax)
     pictures.finish(ax, "final test accuracy (medians; dots: seeds)", "relax time, epochs", "accuracy")
     for ax, what, title in zip(axes[1:], ("gradient", "lambda"), ("gradient norm", "largest eigenvalue"), strict=True):
-        for when, color in (("before", pictures.COLORS[2]), ("after", pictures.COLORS[3])):
-            ax.plot(relax, medians(lambda c, a=when, b=what: c[a][b]), "-o", color=color, markersize=4,
+        for when, shade in (("before", pictures.COLORS[2]), ("after", pictures.COLORS[3])):
+            ax.plot(relax, medians(lambda c, a=when, b=what: c[a][b]), "-o", color=shade, markersize=4,
                     label=f"{when} training the eFCN")  # fmt: skip
-        ax.set_xscale("symlog", linthresh=1)
+        times(ax)
         pictures.finish(ax, title, "relax time, epochs", title, log=True)
     pictures.save(figure, setting.out / "relax.png")
 
@@ -467,7 +480,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
             x, y = [value(r["relaxed"][k]) for r in runs], [r["relaxed"][k]["delta"] for r in runs]
             ax.plot(x, y, "o", color=color, markersize=4, label=f"relaxed at {relax[k]}")
         if label.startswith("relax"):
-            ax.set_xscale("symlog", linthresh=1)
+            times(ax)
         if label.startswith("training"):
             ax.set_xscale("log")
         if label.startswith("final"):
@@ -485,7 +498,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
         )
     ):
         axes[0].plot(relax, medians(value), "-o", color=pictures.COLORS[n], markersize=4, label=label)
-    axes[0].set_xscale("symlog", linthresh=1)
+    times(axes[0])
     pictures.finish(axes[0], "parts of the trained eFCN", "relax time, epochs", "test accuracy")
     for ax, what in zip(axes[1:], ("loss", "accuracy"), strict=True):
         for k, color in enumerate(colors):
@@ -498,7 +511,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
 
 
 def _filters(setting: Setting, relax: Sequence[int], first: dict[str, Any]) -> None:
-    """log |w| of one filter when relaxed and after training, and the FCN's start, end and change."""
+    """ln |w| of one filter when relaxed and after training, and the FCN's start, end and change."""
     middle = len(relax) // 2
     chosen = sorted({0, middle, len(relax) - 1})
     tiles = [

@@ -40,7 +40,7 @@ class Experiment(NamedTuple):
 _FLAT, _GRADMAX = "growing-flatter-minima", "GradMax, arXiv:2201.05125"
 _FIREFLY, _TINY = "Firefly, arXiv:2102.08574", "TINY, arXiv:2405.19816"
 EXPERIMENTS: dict[str, Experiment] = {
-    "flatness": Experiment("flatness", _FLAT, 10, "are insertion-grown networks flatter, and is it the growing?"),
+    "flatness": Experiment("flatness", _FLAT, 5, "are insertion-grown networks flatter, and is it the growing?"),
     "flatness-head": Experiment("flatness_head", _FLAT, 5, "a RoBERTa classification head grown in three phases"),
     "teacher-student": Experiment("teacher_student", _GRADMAX, 20, "a student grown towards its teacher"),
     "gradmax-figures": Experiment("gradmax_figures", _GRADMAX, 5, "what the figures of the GradMax paper measure"),
