@@ -52,7 +52,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "firefly-cells": Experiment("firefly_cells", _FIREFLY, 5, "a search for a cell by growing its operations"),
     "tiny-sine": Experiment("tiny_sine", _TINY, 5, "the sine task with the three strategies"),
     "tiny-resnet": Experiment("tiny_resnet", _TINY, 5, "a thin residual network grown without gradient descent"),
-    "tiny-methods": Experiment("tiny_methods", _TINY, 10, "TINY and its joint form against other methods"),
+    "tiny-methods": Experiment("tiny_methods", _TINY, 6, "TINY and its joint form against other methods"),
     "cnn-to-fcn": Experiment("cnn_to_fcn", "CNN to FCN, arXiv:1906.06766", 5, "a CNN relaxed into a dense network"),
 }
 
