@@ -137,9 +137,7 @@ class Masked(torch.autograd.Function):
     """sigma(W x + bias) on existing entries only. Twice differentiable: the second time through the reference."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mask: door.Mask, x: Tensor, values: Tensor, bias: Tensor | None, activation: str
-    ) -> Tensor:
+    def forward(ctx: Any, mask: door.Mask, x: Tensor, values: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         lines, flat = in_lines(x), aligned(values)
         keep = keeps_slope(activation) and any(ctx.needs_input_grad)
         code, batch = ACTIVATIONS[activation].code, x.shape[1]
