@@ -195,10 +195,10 @@ class _Blocks(torch.autograd.Function):
             d_x = d_x[:, :batch]
         if needs[1]:
             d_values = torch.empty_like(values)
-            fixed = (mask.row.data_ptr(), mask.column.data_ptr(), mask.size, dz.data_ptr(), padded.data_ptr())
+            blocks = (mask.row.data_ptr(), mask.column.data_ptr(), mask.size, dz.data_ptr(), padded.data_ptr())
             pitch = padded.shape[1]
             work = mask.blocks * mask.size**2 * pitch
-            _share(_compiled().gradients, x, (*fixed, pitch, pitch, d_values.data_ptr()), mask.blocks, work)
+            _share(_compiled().gradients, x, (*blocks, pitch, pitch, d_values.data_ptr()), mask.blocks, work)
         return None, d_x, d_values, d_bias, None
 
 
@@ -220,7 +220,7 @@ def _multiply(
     else:
         structure = mask.pointer.data_ptr(), 0, mask.column.data_ptr()
     strides = (1, size) if transposed else (size, 1)
-    fixed = (*structure, values.data_ptr(), size, *strides, x.data_ptr(), pitch, y.data_ptr(), pitch)
+    fixed: tuple[int, ...] = (*structure, values.data_ptr(), size, *strides, x.data_ptr(), pitch, y.data_ptr(), pitch)
     tiles = -(-pitch * x.element_size() // (2 * _LINE_BYTES))
     fixed = (*fixed, _address(bias), code, _address(slopes), block_rows)
     _share(_compiled().multiply, x, fixed, tiles * block_rows, mask.blocks * size**2 * pitch)

@@ -296,7 +296,13 @@ def add_packed(out: Tensor, left: Packed, right: Packed, *, scale: float = 1.0, 
 
     (bands, samples, _), groups = left.data.shape, len(right.data)
     items = sum(min(bands, group + 1) for group in range(groups)) if symmetric else bands * groups
-    fixed = (out.data_ptr(), out.stride(0), left.data.data_ptr(), left.data.stride(0), right.data.data_ptr())
+    fixed: tuple[int, ...] = (
+        out.data_ptr(),
+        out.stride(0),
+        left.data.data_ptr(),
+        left.data.stride(0),
+        right.data.data_ptr(),
+    )
     fixed = (*fixed, right.data.stride(0), samples, left.width, right.width, int(symmetric))
     add, like, factor = compiled().add, LIKE[left.data.dtype], np.float64(scale)
     work = samples * left.width * right.width // (2 if symmetric else 1)

@@ -36,21 +36,22 @@ def _pack(like, scale, source_at, row, step, target_at, stride, start, samples, 
     """
     source, target = pointer(source_at, like), pointer(target_at, scale)
     width = 2 * lanes_of(scale)
-    c = first
-    while c < last:
-        inside = (start + c) % width
-        count = min(last - c, width - inside)
-        base = (start + c) // width * stride + inside
-        if step == 1:
-            for s in range(samples):
+    for some in range(0, samples, width):  # so many rows of source and target stay in the cache
+        end = min(some + width, samples)
+        c = first
+        while c < last:
+            inside = (start + c) % width
+            count = min(last - c, width - inside)
+            base = (start + c) // width * stride + inside
+            if step == 1:
+                for s in range(some, end):
+                    for k in range(count):
+                        target[base + s * width + k] = scale * source[s * row + c + k]
+            else:
                 for k in range(count):
-                    target[base + s * width + k] = scale * source[s * row + c + k]
-        else:
-            for some in range(0, samples, width):  # so many rows of the target stay in the cache
-                for k in range(count):
-                    for s in range(some, min(some + width, samples)):
+                    for s in range(some, end):
                         target[base + s * width + k] = scale * source[s * row + (c + k) * step]
-        c += count
+            c += count
 
 
 @compiled

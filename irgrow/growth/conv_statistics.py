@@ -103,11 +103,11 @@ def _add_shared_target(sums: Sums, target: Target, values: Mapping[str, Tensor],
         for f in target.feeding:
             assert f.windows is not None
             product = _patch_cross(values[f.source], g[target.name], f.windows)
-            sums.put("M", product, slice(at, at + f.block.width), rows)
+            sums.put("M", product, slice(at, at + f.block.width), rows, by="patch_cross")
             at += f.block.width
         if target.bias:
             total = g[target.name].sum((2, 3)).sum(0, dtype=torch.float64)
-            sums.put("M", total[None], slice(at, at + 1), rows)
+            sums.put("M", total[None], slice(at, at + 1), rows, by="a sum")
 
 
 def _shared_feeding(sums: Sums, target: Target, values: Mapping[str, Tensor]) -> Tensor:
@@ -139,12 +139,12 @@ def _add_products(sums: Sums, name: str, values: Mapping[str, Tensor], g: Mappin
         for part in _parts(sums, values):
             here = {n: v[part] for n, v in values.items()}
             if way.windows is None:
-                product = _flattened_product(sums, way, here, g[way.target][part])
+                product, by = _flattened_product(sums, way, here, g[way.target][part]), "accumulate"
             elif _spreading_pays(sums, way):
-                product = _spread_product(sums, way, here, g[way.target][part])
+                product, by = _spread_product(sums, way, here, g[way.target][part]), "patch_cross"
             else:
-                product = _read_product(sums, way, here, g[way.target][part])
-            sums.put(name, sign * product, columns=columns)
+                product, by = _read_product(sums, way, here, g[way.target][part]), "accumulate"
+            sums.put(name, sign * product, columns=columns, by=by)
 
 
 def _spread_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
@@ -188,7 +188,8 @@ def _spreading_pays(sums: Sums, way: Exit) -> bool:
 def _flattened_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
     """`[F, O * positions]` for a dense bundle that leaves an image."""
     b = _features(sums, values)[way.group].flatten(1)  # [B, F * positions]
-    product = (b.mT @ g.flatten(1)).double()
+    total = torch.zeros(b.shape[1], way.block.outputs, dtype=torch.float64, device=b.device)
+    product = accumulate(total, b, g.flatten(1))
     return product.reshape(sums.features, way.block.taps, way.block.outputs).mT.reshape(sums.features, -1)
 
 
@@ -206,10 +207,10 @@ def _add_unfolded(sums: Sums, values: Mapping[str, Tensor], direct: bool) -> Non
     for at, way in enumerate(geometry.exits):
         target, b = targets[way.target], features[way.group]
         if way.windows is None:
-            product = b.flatten(1).mT @ _flat_feeding(target, values)
+            product = _summed(b.flatten(1)[..., None], _flat_feeding(target, values)[..., None])
         else:
             product = _summed(_read(way, b), _shared_feeding(sums, target, values))
-        sums.put("C", product.reshape(sums.features, -1), columns=sums.columns("C", at))
+        sums.put("C", product.reshape(sums.features, -1), columns=sums.columns("C", at), by="accumulate")
 
 
 def _read(way: Exit, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from irgrow.growth.geometry import Geometry
 from irgrow.growth.windows import Windows
 from irgrow.ir.statistics import Block
-from irgrow.kernels.outer import accumulate, accumulate_gram, mirror
+from irgrow.kernels.outer import accumulate, accumulate_gram, mirror, route
 from irgrow.kernels.patches import PatchGram
 
 ALL = slice(None)
@@ -28,6 +28,7 @@ class Sums:
     want: frozenset[str]
     totals: dict[str, Tensor] = field(default_factory=dict)
     grams: dict[str, PatchGram] = field(default_factory=dict)  # of patches: `S`, and S_in by target
+    used: dict[str, dict[str, int]] = field(default_factory=dict)  # by moment: which kernel, and how often
     move: Tensor | None = None  # dW*, once N is measured with it
 
     def __post_init__(self) -> None:
@@ -89,6 +90,7 @@ class Sums:
         if name not in self.grams:
             self.grams[name] = PatchGram(windows.kernel_window, ones=ones)
         self.grams[name].add(x)
+        self._note("S" if name == "S" else "S_in", f"PatchGram, {self.grams[name].route}", x)
 
     def _held(self, name: str, like: Tensor | None) -> Tensor:
         if name not in self.totals:
@@ -102,16 +104,24 @@ class Sums:
         sizes = [way.block.taps * widths[way.target] if name == "C" else way.block.width for way in self.geometry.exits]
         return slice(sum(sizes[:exit]), sum(sizes[: exit + 1]))
 
-    def put(self, name: str, value: Tensor, rows: slice = ALL, columns: slice = ALL) -> None:
-        """Adds a finished product to a part of a sum."""
+    def _note(self, name: str, kernel: str, like: Tensor) -> None:
+        counts = self.used.setdefault(name, {})
+        text = f"{kernel} by {route(like.device)[0]}"
+        counts[text] = counts.get(text, 0) + 1
+
+    def put(self, name: str, value: Tensor, rows: slice = ALL, columns: slice = ALL, *, by: str) -> None:
+        """Adds a finished product, which the kernel `by` made, to a part of a sum."""
+        self._note(name, by, value)
         self._held(name, value)[rows, columns] += value
 
     def gram(self, name: str, x: Tensor, weight: float = 1.0, at: slice = ALL) -> None:
         """Adds weight * x^T x for rows `x [samples, width]` to a diagonal part of a sum."""
+        self._note(name, "accumulate_gram", x)
         accumulate_gram(self._held(name, x)[at, at], x, scale=weight)
 
     def cross(self, name: str, x: Tensor, y: Tensor, rows: slice = ALL, columns: slice = ALL) -> None:
         """Adds x^T y for rows `x`, `y` to a part of a sum."""
+        self._note(name, "accumulate", x)
         accumulate(self._held(name, x)[rows, columns], x, y)
 
     def add_targets(self, fed: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> None:

@@ -254,6 +254,15 @@ class Gathering:
                 add_image_residual(sums, held, per_sample)
         self.n += 0 if self.second else count
 
+    def explain(self) -> str:
+        """Which kernel made each moment of each site, by which route, and how many products it took: as counted."""
+        lines = [f"{self.n} samples"]
+        for name, sums in self.sums.items():
+            lines.append(f"{name}:")
+            for moment, kernels in sums.used.items():
+                lines.append(f"  {moment:<7} " + "; ".join(f"{kernel} ({n} times)" for kernel, n in kernels.items()))
+        return "\n".join(lines)
+
     def statistics(self) -> dict[str, Statistics]:
         """The means so far; BadData if no sample was added."""
         if self.n == 0 and self.want:

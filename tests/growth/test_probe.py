@@ -244,3 +244,29 @@ def test_statistics_from_training_steps(network) -> None:
             assert relative(getattr(s, name), getattr(expected, name)) < 1e-8
     with pytest.raises(BadData, match="gathering: collect: found no batch"):
         gathering.collect()
+
+
+@pytest.mark.parametrize("network, places", [(mlp(), 1), (residual(), 2)], ids=["mlp", "residual"])
+def test_explain_counts_the_kernels_that_ran(network, places, monkeypatch) -> None:
+    outer = pytest.importorskip("irgrow.kernels.outer_numba")
+    from irgrow.kernels import outer as door
+
+    ran = []
+    monkeypatch.setattr(outer, "add", lambda *given, add=outer.add: ran.append(1) or add(*given))
+    model, (x, y) = ig.compile(network), drawn(network, 12)
+    site = next(site.name for site in ig.Site.all(network))
+
+    def explained() -> str:
+        gathering = Gathering(network, [site], want=("S", "M_prev"))
+        gathering.run(model, (x,), y, lambda outputs, targets: outputs.square().mean())
+        gathering.statistics()
+        return gathering.explain()
+
+    told = explained()
+    assert site in told and f"S       accumulate_gram by tiles ({places} times)" in told and len(ran) == 2 * places, (
+        told
+    )
+    ran.clear()
+    monkeypatch.setattr(door, "compiled", lambda: None)  # the control: without the compiled code it says so
+    told = explained()
+    assert "by products" in told and "tiles" not in told and not ran, told
