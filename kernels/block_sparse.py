@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from irgrow.kernels import gpu
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.walk import _LIKE as LIKE
 from irgrow.kernels.walk import _threads
@@ -28,6 +29,7 @@ from irgrow.kernels.walk_plan import SLOPE_STORED
 SIZES = (16, 32, 64)
 ROUTES = ("auto", "blocks", "dense")
 CROSSOVER = {False: 0.8, True: 0.8}  # density above which the full product is as fast; by `training`
+CROSSOVER_GPU = 0.3  # estimated, not measured
 _LINE_BYTES = 64  # lanes.py
 _WORK_PER_THREAD = 3_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
 
@@ -134,11 +136,18 @@ def block_sparse_matmul(
     if route == "auto":
         training = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
         route, _ = choose(mask, x.shape[1], x.device, training=training)
+        route = "dense" if not x.is_cpu and x.dtype == torch.float64 else route
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if route == "blocks":
+    if route == "blocks" and gpu.runs_triton(x.device, x.dtype) and x.dtype != torch.float64:
+        if not plain and forward_ad._current_level < 0:
+            from irgrow.kernels.block_sparse_triton import Blocks
+
+            return Blocks.apply(mask, x, values, bias, activation)
+    elif route == "blocks":
         if not x.is_cpu or x.dtype not in LIKE or _compiled() is None:
             raise RuntimeError(
-                f"block_sparse_matmul: the route 'blocks' needs a CPU, numba and float32 or float64, found {x.device}, "
+                f"block_sparse_matmul: the route 'blocks' needs a CPU, numba and float32 or float64 "
+                f"(with Triton: a GPU and no float64), found {x.device}, "
                 f"{'numba' if _compiled() else 'no numba'} and {x.dtype}; use route='dense'"
             )
         if not plain and forward_ad._current_level < 0:
@@ -151,11 +160,12 @@ def choose(mask: BlockMask, batch: int, device: torch.device | str, *, training:
 
     A function of its arguments (and of whether numba is installed).
     """
-    if torch.device(device).type != "cpu":
+    on_gpu = torch.device(device).type != "cpu"
+    if on_gpu and gpu.why_not_triton(torch.device(device)):
         return "dense", f"no block-sparse kernel on {torch.device(device).type}"
-    if _compiled() is None:
+    if not on_gpu and _compiled() is None:
         return "dense", "numba is not installed"
-    crossover = CROSSOVER[training]
+    crossover = CROSSOVER_GPU if on_gpu else CROSSOVER[training]
     route, side = ("blocks", "not above") if mask.density <= crossover else ("dense", "above")
     return (
         route,

@@ -77,7 +77,7 @@ def _block_gradients(row, column, dz, x, out, batch, pitch: tl.int64, S: tl.cons
         g = tl.load(dz + left + places, mask=given, other=0.0)
         v = tl.load(x + right + places, mask=given, other=0.0)
         total = tl.dot(g, tl.trans(v), total, input_precision="tf32x3")
-    tl.store(out + block.to(tl.int64) * (S * S) + inner[:, None] * S + inner[None, :], total)
+    tl.store(out + tl.cast(block, tl.int64) * (S * S) + inner[:, None] * S + inner[None, :], total)
 
 
 # --- launching ------------------------------------------------------------------------------------------------
