@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irgrow.kernels import gpu
+
 Features = Tensor | Sequence[Tensor]
 
 # Longer chunks would make the float64 additions cheaper and float32 rounding worse; here both are small.
@@ -51,6 +53,9 @@ def accumulate(
     left_blocks, right_blocks = _blocks("left", left), _blocks("right", right)
     n, dtype = _samples([*left_blocks, *right_blocks]), _precision([*left_blocks, *right_blocks])
     _check_out("accumulate", out, _width(left_blocks) + ones, _width(right_blocks))
+    if gpu.runs_triton(out.device, dtype):
+        _on_triton().accumulate(out, left_blocks, right_blocks, scale, ones, dtype)
+        return out
     for a in range(0, n, chunk):
         rows = slice(a, min(a + chunk, n))
         columns, others = _feature_major(left_blocks, rows, ones, dtype), _sample_major(right_blocks, rows, dtype)
@@ -70,6 +75,9 @@ def accumulate_gram(
     blocks = _blocks("features", features)
     n, dtype, d = _samples(blocks), _precision(blocks), _width(blocks) + ones
     _check_out("accumulate_gram", out, d, d)
+    if gpu.runs_triton(out.device, dtype):
+        _on_triton().accumulate(out, blocks, None, scale, ones, dtype)
+        return out
     for a in range(0, n, chunk):
         _add_gram(out, _feature_major(blocks, slice(a, min(a + chunk, n)), ones, dtype), scale)
     return out
@@ -169,6 +177,8 @@ class OuterSums:
         every = [block for of_one in blocks.values() for block in of_one]
         self._precision = _precision(every)
         device = every[0].device
+        if gpu.runs_triton(device, self._precision):
+            self._feature_major = set()
         for name, of_one in blocks.items():
             shape = _width(of_one) + (name in self._ones), self._chunk
             shape = shape if name in self._feature_major else shape[::-1]
@@ -194,6 +204,9 @@ class OuterSums:
 
     def _multiply(self, sums: Mapping[tuple[str, str], Tensor]) -> None:
         columns = {name: self._columns(name, 0, self._filled) for name in self.names}
+        if gpu.runs_triton(next(iter(columns.values())).device, self._precision):
+            _on_triton().add_pairs(sums, columns)
+            return
         for name in self._feature_major:
             columns[name] = columns[name].contiguous()
         for (left, right), total in sums.items():
@@ -201,6 +214,12 @@ class OuterSums:
                 _add_gram(total, columns[left], 1.0)
             else:
                 add_products(total, columns[left], columns[right])
+
+
+def _on_triton() -> Any:
+    from irgrow.kernels import outer_triton
+
+    return outer_triton
 
 
 def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0) -> None:

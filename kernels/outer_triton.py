@@ -14,7 +14,7 @@ float64 every 64 samples; float64 ones are multiplied in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -122,6 +122,30 @@ def add(products: Sequence[Product], *, scale: float = 1.0) -> None:
     factor = torch.full((1,), scale, dtype=torch.float64, device=first.device)
     operands = descriptors, places, sums, factor
     gpu.launch(_add, (len(places), tile // 8), first, *operands, T=tile, R=8, num_warps=4)
+
+
+def accumulate(
+    out: Tensor, left: Sequence[Tensor], right: Sequence[Tensor] | None, scale: float, ones: bool, dtype: torch.dtype
+) -> None:
+    """`outer.accumulate`, or `outer.accumulate_gram` where right is None, of blocks of features: one launch."""
+    sides = [[block.detach().resolve_neg().to(dtype) for block in side] for side in (left, right or ())]
+    if ones:
+        one = sides[0][0].new_ones(len(sides[0][0]), 1)
+        sides[0][-1] = torch.cat([sides[0][-1], one], dim=1)
+    products, i = [], 0
+    for number, a in enumerate(sides[0]):
+        j = i if right is None else 0
+        for other, b in enumerate(sides[0][number:] if right is None else sides[1]):
+            corner = out[i : i + a.shape[1], j : j + b.shape[1]]
+            products.append(Product(corner, a, b, symmetric=right is None and other == 0))
+            j += b.shape[1]
+        i += a.shape[1]
+    add(products, scale=scale)
+
+
+def add_pairs(sums: Mapping[tuple[str, str], Tensor], columns: Mapping[str, Tensor]) -> None:
+    """Every sum has grown by columns[left] columns[right]^T (features [width, samples]): one launch."""
+    add([Product(out, columns[a].T, columns[b].T, symmetric=a == b) for (a, b), out in sums.items()])
 
 
 @lru_cache(maxsize=64)

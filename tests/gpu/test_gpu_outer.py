@@ -6,6 +6,14 @@ import pytest
 import torch
 
 from irgrow.kernels import outer_triton
+from irgrow.kernels.outer import (
+    OuterSums,
+    accumulate,
+    accumulate_gram,
+    accumulate_gram_reference,
+    accumulate_reference,
+    mirror,
+)
 from irgrow.kernels.outer_triton import Product, add
 
 # samples, p, q, symmetric
@@ -45,3 +53,24 @@ def test_many_products_in_one_call(dtype: torch.dtype, device: str, large: bool)
         expected = (out + product).triu() if symmetric else out + product
         worst = (found - expected).abs().max() / max(float(product.abs().max()), 1.0)
         assert worst <= TOLERANCE[dtype], (left.shape, float(worst))
+
+
+@pytest.mark.parametrize("ones", [False, True])
+def test_doors(ones: bool, device: str) -> None:
+    """Blocks side by side, a constant feature, float32 beside float64; OuterSums in one launch for all its pairs."""
+    draw = torch.Generator().manual_seed(1)
+    a, b, c = (torch.randn(21, width, generator=draw).to(device) for width in (3, 18, 2))
+    out = torch.zeros(21 + ones, 2, dtype=torch.float64, device=device)
+    accumulate(out, [a, b.double()], c, scale=2.0, ones=ones)
+    expected = accumulate_reference(torch.zeros_like(out), [a, b], c, scale=2.0, ones=ones)
+    assert (out - expected).abs().max() <= TOLERANCE[torch.float64] * expected.abs().max()
+    gram = torch.zeros(21 + ones, 21 + ones, dtype=torch.float64, device=device)
+    accumulate_gram(gram, [a, b], ones=ones)
+    expected_gram = accumulate_gram_reference(torch.zeros_like(gram), [a, b], ones=ones)
+    assert (mirror(gram) - expected_gram).abs().max() <= TOLERANCE[torch.float32] * expected_gram.abs().max()
+    sums = OuterSums([("b", "b"), ("b", "c")], ones={"b"} if ones else set(), chunk=8)
+    for rows in (slice(0, 5), slice(5, 21)):
+        sums.add({"b": [a[rows], b[rows]], "c": c[rows]})
+    found = sums.sums()
+    assert (found["b", "b"] - expected_gram).abs().max() <= TOLERANCE[torch.float32] * expected_gram.abs().max()
+    assert (2 * found["b", "c"] - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
