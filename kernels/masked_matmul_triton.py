@@ -124,7 +124,7 @@ def _multiply(
     """(sigma(W x + bias), its slopes to `keep`), both [rows, pitch]."""
     y = x.new_empty(rows, x.shape[1])
     slopes = torch.empty_like(y) if keep else None
-    columns = next((c for c in _TILES if batch <= c), max(_TILES))
+    columns = next((c for c in _TILES if x.shape[1] <= c), max(_TILES))
     constants = {"E": _TILES[columns], "C": columns, "ACC": accumulator(x.dtype), "num_warps": 4}
     operands = (*csr, values, x, values if bias is None else bias, y, y if slopes is None else slopes)
     numbers = (code, int(bias is not None), int(keep), x.shape[1])
@@ -136,9 +136,7 @@ class Masked(torch.autograd.Function):
     """sigma(W x + bias) on existing entries only. Twice differentiable: the second time through the reference."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mask: door.Mask, x: Tensor, values: Tensor, bias: Tensor | None, activation: str
-    ) -> Tensor:
+    def forward(ctx: Any, mask: door.Mask, x: Tensor, values: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         lines, flat = in_lines(x), aligned(values)
         keep = keeps_slope(activation) and any(ctx.needs_input_grad)
         code, batch = ACTIVATIONS[activation].code, x.shape[1]

@@ -1,7 +1,7 @@
 """Tests that launch Triton kernels: each runs on a GPU, and, smaller, interpreted on the CPU.
 
-    pytest -m gpu tests/gpu                  on the GPU; skipped where there is none
-    TRITON_INTERPRET=1 pytest tests/gpu      interpreted; tests/test_gpu_interpreted.py does this
+pytest -m gpu tests/gpu                  on the GPU; skipped where there is none
+TRITON_INTERPRET=1 pytest tests/gpu      interpreted; tests/test_gpu_interpreted.py does this
 """
 
 from __future__ import annotations

@@ -97,7 +97,9 @@ def test_operands_may_lie_anyhow(device: str) -> None:
 def test_empty(device: str) -> None:
     """No edges, no batch: the bias, or nothing; gradients of zeros."""
     structure = mask(2, 3, *(torch.zeros(0, dtype=torch.long),) * 2)
-    check(masked_matmul, masked_matmul_reference, structure, masked(structure, 4, torch.float64, device), "sparse", "sin")
+    check(
+        masked_matmul, masked_matmul_reference, structure, masked(structure, 4, torch.float64, device), "sparse", "sin"
+    )
     none = masked_matmul(random_mask(3, 3, 0.5), normal(3, 0).to(device), normal(20).to(device), route="sparse")
     assert none.shape == (4, 0)
 

@@ -366,4 +366,6 @@ def test_compiled_it_is_one_opaque_call(device: str) -> None:
 def test_other_dtypes_are_refused(device: str) -> None:
     p = plan(1, [0, 1], [0], code=0)
     with pytest.raises(TypeError, match="operands for Triton must be one of .* found torch.float8"):
-        walk(p, torch.ones(1, 2, device=device).to(torch.float8_e5m2), torch.ones(1, device=device).to(torch.float8_e5m2))
+        walk(
+            p, torch.ones(1, 2, device=device).to(torch.float8_e5m2), torch.ones(1, device=device).to(torch.float8_e5m2)
+        )

@@ -35,7 +35,10 @@ def test_spills_are_seen() -> None:
     """With 24 registers a thread cannot hold its part of a tile."""
     x = torch.zeros(32, 32)
     launch = Launch.of(_sum_of_squares, (x, x), {"N": 32, "num_warps": 4})
-    fine, starved = compiled(launch), compiled(Launch(launch.kernel, launch.operands, launch.constants, {"maxnreg": 24}))
+    fine, starved = (
+        compiled(launch),
+        compiled(Launch(launch.kernel, launch.operands, launch.constants, {"maxnreg": 24})),
+    )
     check(fine, tensor_cores=False)
     assert fine.registers > 24 >= starved.registers and starved.spills > 0
     assert fine.count("LDG") == fine.count(r"LDG\.E\.128") > 0
