@@ -33,7 +33,8 @@ def _through_activation(
         at = (start + tl.arange(0, C)).to(tl.int64)[None, :]
         live = at < batch
         g = tl.load(incoming + row * row_stride + at * column_stride, mask=live, other=0.0).to(ACC)
-        g = chain(g, tl.load(y + row * pitch + at, mask=at < pitch, other=0.0).to(ACC), tl.zeros([1, 1], tl.int32) + code,
+        value = tl.load(y + row * pitch + at, mask=at < pitch, other=0.0).to(ACC)
+        g = chain(g, value, tl.zeros([1, 1], tl.int32) + code,
                   1 << code)  # fmt: skip
         if kept != 0:
             g *= tl.load(slopes + row * pitch + at, mask=live, other=0.0).to(ACC)

@@ -98,7 +98,7 @@ def _shared(pointer, edge, d_edges, out, values, given, V: tl.constexpr, E: tl.c
 
 
 def structure(mask: door.Mask, device: torch.device) -> tuple[Tensor, ...]:
-    """Index arrays there, int32: by row (pointer, column, index), by column (pointer, row, index), the row of each edge,
+    """Index arrays there, int32: by row (pointer, column, index), by column (pointer, row, index), each edge's row,
     and the edges of each value (pointer, edge). Made once."""
     key = "triton", device
     if key not in mask._made:

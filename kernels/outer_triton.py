@@ -37,7 +37,7 @@ FIELDS, WORK, PLACE = tl.constexpr(_FIELDS), tl.constexpr(_WORK), tl.constexpr(_
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """out [p, q] float64 is to grow by left^T right for left [n, p], right [n, q]: by its upper triangle if symmetric."""
+    """out [p, q] float64 is to grow by left^T right, left [n, p] and right [n, q]; if symmetric its upper triangle."""
 
     out: Tensor
     left: Tensor
