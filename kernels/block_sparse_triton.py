@@ -24,7 +24,7 @@ from irgrow.kernels.activations_triton import activate, slope_of
 from irgrow.kernels.layer_triton import aligned, in_lines, keeps_slope, through_activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_COLUMNS = {16: 64, 32: 64, 64: 128}  # batch columns of a program, by the size of a block
+_COLUMNS = 64  # batch columns of a program; 128 spill registers for blocks of 64
 _SUMMED = 64  # batch columns of a product in the gradient of the values
 
 _DATA = dict(do_not_specialize=("batch", "code", "has_bias", "keep", "pitch"))
@@ -99,7 +99,7 @@ def _multiply(
     csr = (mask.pointer, mask.row, mask.column)
     if transposed:
         csr = (mask.transposed_pointer, mask.transposed_block, mask.row)
-    columns = _COLUMNS[mask.size]
+    columns = _COLUMNS
     stages = 2 if x.dtype == torch.float32 else 4
     constants = {"S": mask.size, "C": columns, "TRANSPOSED": transposed, "num_warps": 4, "num_stages": stages}
     operands = (*csr, values, x, values if bias is None else bias, y, y if slopes is None else slopes)
