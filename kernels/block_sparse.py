@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from irgrow.kernels import gpu
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.shared import LIKE, share
 from irgrow.kernels.walk_plan import SLOPE_STORED
 
 SIZES = (16, 32, 64)
 ROUTES = ("auto", "blocks", "dense")
+CROSSOVER_GPU = 0.3  # density above which the full product is taken on a GPU; estimated, not measured
 _LINE_BYTES = 64  # lanes.py
 
 
@@ -127,12 +129,19 @@ def block_sparse_matmul(
     """
     _check(mask, x, values, bias, activation, route)
     if route == "auto":
-        route = choose(mask, x.device)[0] if x.dtype in LIKE else "dense"
+        route = choose(mask, x.device)[0] if x.dtype in LIKE or not x.is_cpu else "dense"
+        route = "dense" if not x.is_cpu and x.dtype == torch.float64 else route
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if route == "blocks":
+    if route == "blocks" and gpu.runs_triton(x.device, x.dtype) and x.dtype != torch.float64:
+        if not plain and forward_ad._current_level < 0:
+            from irgrow.kernels.block_sparse_triton import Blocks
+
+            return Blocks.apply(mask, x, values, bias, activation)
+    elif route == "blocks":
         if not x.is_cpu or x.dtype not in LIKE or _compiled() is None:
             raise RuntimeError(
-                f"block_sparse_matmul: the route 'blocks' needs a CPU, numba and float32 or float64, found {x.device}, "
+                f"block_sparse_matmul: the route 'blocks' needs a CPU, numba and float32 or float64 "
+                f"(with Triton: a GPU and no float64), found {x.device}, "
                 f"{'numba' if _compiled() else 'no numba'} and {x.dtype}; use route='dense'"
             )
         if not plain and forward_ad._current_level < 0:
@@ -142,10 +151,15 @@ def block_sparse_matmul(
 
 def choose(mask: BlockMask, device: torch.device | str) -> tuple[str, str]:
     """(route, reason): what takes less time. A function of its arguments (and of whether numba is installed)."""
-    if torch.device(device).type != "cpu":
+    on_gpu = torch.device(device).type != "cpu"
+    if on_gpu and gpu.why_not_triton(torch.device(device)):
         return "dense", f"no block-sparse kernel on {torch.device(device).type}"
-    if _compiled() is None:
+    if not on_gpu and _compiled() is None:
         return "dense", "numba is not installed"
+    if on_gpu:
+        route, side = ("blocks", "not above") if mask.density <= CROSSOVER_GPU else ("dense", "above")
+        share = f"{100 * mask.density:.3g} % in blocks of {mask.size}"
+        return route, f"{share} is {side} the crossover, {100 * CROSSOVER_GPU:.0f} %"
     # Measured on one core: 90 to 110 Gflop/s at every density and block size, the full product 55 (MKL) to 100.
     return "blocks", f"{100 * mask.density:.3g} % in blocks of {mask.size}: they run at the rate of a full product"
 

@@ -24,7 +24,7 @@ from irgrow.kernels.activations_triton import activate, slope_of
 from irgrow.kernels.layer_triton import aligned, in_lines, keeps_slope, through_activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_COLUMNS = {16: 64, 32: 64, 64: 128}  # batch columns of a program, by the size of a block
+_COLUMNS = 64  # batch columns of a program; 128 spill registers for blocks of 64
 _SUMMED = 64  # batch columns of a product in the gradient of the values
 
 _DATA = dict(do_not_specialize=("batch", "code", "has_bias", "keep", "pitch"))
@@ -32,7 +32,7 @@ _DATA = dict(do_not_specialize=("batch", "code", "has_bias", "keep", "pitch"))
 
 @triton.jit(**_DATA)
 def _block_rows(
-    pointer, block, column, values, x, bias, y, slopes, batch, code, has_bias, keep, pitch: tl.int64,
+    pointer, block, column, values, x, bias, y, slopes, code, has_bias, keep, pitch: tl.int64,
     S: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """A tile [S, C] of y = sigma(W x + bias), or of W^T: `block` are the numbers of the blocks, column by column."""
@@ -40,7 +40,7 @@ def _block_rows(
     block_row = tl.program_id(0)
     inner = tl.arange(0, S)
     places = (tl.program_id(1) * C + tl.arange(0, C)).to(tl.int64)[None, :]
-    given = places < batch
+    live = places < pitch  # operands are zero after the batch; a bound of whole lines lets loads be wide
     z = tl.zeros([S, C], tl.float32)
     for at in range(tl.load(pointer + block_row), tl.load(pointer + block_row + 1)):
         number = at
@@ -48,14 +48,14 @@ def _block_rows(
             number = tl.load(block + at)
         source = (tl.load(column + number) * S + inner).to(tl.int64)[:, None]
         w = tl.load(values + number.to(tl.int64) * (S * S) + inner[:, None] * S + inner[None, :])
-        v = tl.load(x + source * pitch + places, mask=given, other=0.0)
+        v = tl.load(x + source * pitch + places, mask=live, other=0.0)
         if TRANSPOSED:
             w = tl.trans(w)
         z = tl.dot(w, v, z, input_precision="tf32x3")
     rows = block_row * S + inner[:, None]
     if has_bias != 0:
         z += tl.load(bias + rows).to(tl.float32)
-    to, live = rows.to(tl.int64) * pitch + places, places < pitch
+    to = rows.to(tl.int64) * pitch + places
     codes, present = tl.zeros([1, 1], tl.int32) + code, 1 << code
     if keep != 0:
         tl.store(slopes + to, slope_of(z, codes, present), mask=live)
@@ -73,11 +73,11 @@ def _block_gradients(row, column, dz, x, out, batch, pitch: tl.int64, S: tl.cons
     total = tl.zeros([S, S], tl.float32)
     for start in range(0, batch, C):
         places = (start + tl.arange(0, C)).to(tl.int64)[None, :]
-        given = places < batch
+        given = places < pitch
         g = tl.load(dz + left + places, mask=given, other=0.0)
         v = tl.load(x + right + places, mask=given, other=0.0)
         total = tl.dot(g, tl.trans(v), total, input_precision="tf32x3")
-    tl.store(out + block.to(tl.int64) * (S * S) + inner[:, None] * S + inner[None, :], total)
+    tl.store(out + tl.cast(block, tl.int64) * (S * S) + inner[:, None] * S + inner[None, :], total)
 
 
 # --- launching ------------------------------------------------------------------------------------------------
@@ -87,7 +87,6 @@ def _multiply(
     mask: door.BlockMask,
     values: Tensor,
     x: Tensor,
-    batch: int,
     bias: Tensor | None = None,
     code: int = 0,
     keep: bool = False,
@@ -100,11 +99,11 @@ def _multiply(
     csr = (mask.pointer, mask.row, mask.column)
     if transposed:
         csr = (mask.transposed_pointer, mask.transposed_block, mask.row)
-    columns = _COLUMNS[mask.size]
+    columns = _COLUMNS
     stages = 2 if x.dtype == torch.float32 else 4
     constants = {"S": mask.size, "C": columns, "TRANSPOSED": transposed, "num_warps": 4, "num_stages": stages}
     operands = (*csr, values, x, values if bias is None else bias, y, y if slopes is None else slopes)
-    numbers = (batch, code, int(bias is not None), int(keep), x.shape[1])
+    numbers = (code, int(bias is not None), int(keep), x.shape[1])
     grid = (rows // mask.size, triton.cdiv(x.shape[1], columns))
     gpu.launch(_block_rows, grid, x, *operands, *numbers, **constants)
     return y, slopes
@@ -121,7 +120,7 @@ class Blocks(torch.autograd.Function):
         keep = keeps_slope(activation) and any(ctx.needs_input_grad)
         offset = None if bias is None else aligned(bias)
         code = ACTIVATIONS[activation].code
-        y, slopes = _multiply(mask.to(x.device), aligned(values), lines, batch, offset, code, keep)
+        y, slopes = _multiply(mask.to(x.device), aligned(values), lines, offset, code, keep)
         ctx.mask, ctx.activation = mask, activation
         ctx.save_for_backward(x, values, bias, lines, y, slopes)
         return y[:, :batch]
@@ -136,7 +135,7 @@ class Blocks(torch.autograd.Function):
         dz, d_bias = through_activation(incoming, y, slopes, ctx.activation, needs[2])
         d_x, d_values = None, None
         if needs[0]:
-            d_x = _multiply(mask, aligned(values), dz, batch, transposed=True)[0][:, :batch]
+            d_x = _multiply(mask, aligned(values), dz, transposed=True)[0][:, :batch]
         if needs[1]:
             d_values = torch.empty_like(values, memory_format=torch.contiguous_format)
             constants = {"S": mask.size, "C": _SUMMED, "num_warps": 4, "num_stages": 2}

@@ -33,7 +33,8 @@ def _through_activation(
         at = (start + tl.arange(0, C)).to(tl.int64)[None, :]
         live = at < batch
         g = tl.load(incoming + row * row_stride + at * column_stride, mask=live, other=0.0).to(ACC)
-        g = chain(g, tl.load(y + row * pitch + at, mask=live, other=0.0).to(ACC), tl.zeros([1, 1], tl.int32) + code,
+        value = tl.load(y + row * pitch + at, mask=at < pitch, other=0.0).to(ACC)
+        g = chain(g, value, tl.zeros([1, 1], tl.int32) + code,
                   1 << code)  # fmt: skip
         if kept != 0:
             g *= tl.load(slopes + row * pitch + at, mask=live, other=0.0).to(ACC)
@@ -57,13 +58,13 @@ def through_activation(
 
 
 def in_lines(x: Tensor) -> Tensor:
-    """x [rows, pitch] with rows without gaps, starting at a multiple of 16 entries; anything after its batch."""
+    """x [rows, pitch] with rows without gaps, starting at a multiple of 16 bytes; zero after its batch."""
     x = x.detach().resolve_neg()
     batch, pitch = x.shape[1], pitch_of(x.shape[1])
     if batch == pitch and x.is_contiguous() and x.data_ptr() % 16 == 0:
         return x
     padded = x.new_empty(len(x), pitch)
-    padded[:, :batch] = x
+    padded[:, :batch], padded[:, batch:] = x, 0.0
     return padded
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from irgrow.kernels import gpu
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.graph import compressed_rows, first_duplicate
 from irgrow.kernels.outer import row_products
@@ -34,6 +35,7 @@ ROUTES = ("auto", "sparse", "dense")
 _SPARSE = {False: (0.5, 0.037), True: (2.8, 0.120)}
 _DENSE = {False: (0.6, 0.0115), True: (1.0, 0.033)}
 _SCATTER = {False: 1.0, True: 2.5}
+_CROSSOVER_GPU = 0.04  # estimated, not measured: an edge fetches 4 bytes from the L2 cache per column of the batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +132,20 @@ def masked_matmul(
     if route == "auto":
         training = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
         route, _ = choose(mask.rows, mask.columns, mask.edges, x.shape[1], x.device, training=training)
+    if route == "sparse" and gpu.runs_triton(x.device, x.dtype):
+        if _differentiated_otherwise():
+            return masked_matmul_reference(mask, x, values, bias, activation=activation)
+        from irgrow.kernels.masked_matmul_triton import Masked
+
+        return Masked.apply(mask, x, values, bias, activation)
     if route == "sparse":
         if x.device.type != "cpu" or not _has_numba():
             raise RuntimeError(
-                f"masked_matmul: the sparse route needs a CPU and numba, found {x.device} "
+                f"masked_matmul: the sparse route needs a CPU and numba, or Triton, found {x.device} "
                 f"{'with' if _has_numba() else 'without'} numba; use route='dense'"
             )
         return walk(mask.plan(activation, bias is not None), x, values, bias)
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if plain or x.device.type != "cpu" or x.dtype != torch.float32 or forward_ad._current_level >= 0:
+    if _differentiated_otherwise() or x.device.type != "cpu" or x.dtype != torch.float32:
         return masked_matmul_reference(mask, x, values, bias, activation=activation)
     z = _MaskedDense.apply(mask, x, values)
     return ACTIVATIONS[activation](z if bias is None else z + bias[:, None])
@@ -152,7 +159,10 @@ def choose(
     A function of its arguments (and of whether numba is installed).
     """
     if torch.device(device).type != "cpu":
-        return "dense", f"no sparse kernel on {torch.device(device).type}"
+        if gpu.why_not_triton(torch.device(device)):
+            return "dense", f"no sparse kernel on {torch.device(device).type}"
+        route, side = ("sparse", "not above") if edges <= _CROSSOVER_GPU * rows * columns else ("dense", "above")
+        return route, f"{edges} of {rows}x{columns} entries are {side} {100 * _CROSSOVER_GPU:.0f} % (an estimate)"
     if not _has_numba():
         return "dense", "numba is not installed"
     full = max(1, rows * columns)
@@ -223,6 +233,12 @@ def _plain_gradients(
     d_edges = (incoming @ x.T).reshape(-1).index_select(0, flat)
     places = torch.arange(len(flat), device=flat.device) if index is None else index
     return d_x, torch.zeros_like(values).index_add(0, places, d_edges)
+
+
+def _differentiated_otherwise() -> bool:
+    """Whether torch.compile, torch.func or forward-mode differentiation looks inside: plain torch serves them."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or transformed
 
 
 @lru_cache(1)

@@ -34,14 +34,14 @@ _DATA = dict(do_not_specialize=("batch", "code", "has_bias", "keep", "edges", "v
 
 @triton.jit(**_DATA)
 def _rows(
-    pointer, column, index, values, x, bias, y, slopes, batch, code, has_bias, keep, pitch: tl.int64,
+    pointer, column, index, values, x, bias, y, slopes, code, has_bias, keep, pitch: tl.int64,
     E: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y[row] = sigma(sum of values[index[e]] * x[column[e]] over the edges e of the row + bias[row]), a tile of it."""
     pitch = tl.multiple_of(pitch, 16)
     row = tl.program_id(0)
     places = (tl.program_id(1) * C + tl.arange(0, C)).to(tl.int64)[None, :]
-    live, given = places < pitch, places < batch
+    live = places < pitch  # operands are zero after the batch; a bound of whole lines lets loads be wide
     lanes = tl.arange(0, E)[:, None]
     stop = tl.load(pointer + row + 1)
     acc = tl.zeros([E, C], ACC)
@@ -49,7 +49,7 @@ def _rows(
         on = start + lanes < stop
         parent = tl.load(column + start + lanes, mask=on, other=0).to(tl.int64)
         w = tl.load(values + tl.load(index + start + lanes, mask=on, other=0), mask=on, other=0.0).to(ACC)
-        acc += w * tl.load(x + parent * pitch + places, mask=on & given, other=0.0).to(ACC)
+        acc += w * tl.load(x + parent * pitch + places, mask=on & live, other=0.0).to(ACC)
     z = tl.sum(acc, 0)[None, :]
     if has_bias != 0:
         z += tl.load(bias + row).to(ACC)
@@ -73,7 +73,7 @@ def _sampled(
     acc = tl.zeros([E, C], ACC)
     for start in range(0, batch, C):
         places = (start + tl.arange(0, C)).to(tl.int64)[None, :]
-        on = inside & (places < batch)
+        on = inside & (places < pitch)
         g = tl.load(dz + left + places, mask=on, other=0.0).to(ACC)
         acc += g * tl.load(x + right + places, mask=on, other=0.0).to(ACC)
     tl.store(out + edge, tl.sum(acc, 1)[:, None], mask=inside)
@@ -98,7 +98,7 @@ def _shared(pointer, edge, d_edges, out, values, given, V: tl.constexpr, E: tl.c
 
 
 def structure(mask: door.Mask, device: torch.device) -> tuple[Tensor, ...]:
-    """Index arrays there, int32: by row (pointer, column, index), by column (pointer, row, index), the row of each edge,
+    """Index arrays there, int32: by row (pointer, column, index), by column (pointer, row, index), each edge's row,
     and the edges of each value (pointer, edge). Made once."""
     key = "triton", device
     if key not in mask._made:
@@ -117,7 +117,6 @@ def _multiply(
     csr: tuple[Tensor, ...],
     values: Tensor,
     x: Tensor,
-    batch: int,
     bias: Tensor | None = None,
     code: int = 0,
     keep: bool = False,
@@ -125,10 +124,10 @@ def _multiply(
     """(sigma(W x + bias), its slopes to `keep`), both [rows, pitch]."""
     y = x.new_empty(rows, x.shape[1])
     slopes = torch.empty_like(y) if keep else None
-    columns = next((c for c in _TILES if batch <= c), max(_TILES))
+    columns = next((c for c in _TILES if x.shape[1] <= c), max(_TILES))
     constants = {"E": _TILES[columns], "C": columns, "ACC": accumulator(x.dtype), "num_warps": 4}
     operands = (*csr, values, x, values if bias is None else bias, y, y if slopes is None else slopes)
-    numbers = (batch, code, int(bias is not None), int(keep), x.shape[1])
+    numbers = (code, int(bias is not None), int(keep), x.shape[1])
     gpu.launch(_rows, (rows, triton.cdiv(x.shape[1], columns)), x, *operands, *numbers, **constants)
     return y, slopes
 
@@ -143,7 +142,7 @@ class Masked(torch.autograd.Function):
         code, batch = ACTIVATIONS[activation].code, x.shape[1]
         csr = structure(mask, x.device)[:3]
         offset = None if bias is None else aligned(bias)
-        y, slopes = _multiply(mask.rows, csr, flat, lines, batch, offset, code, keep)
+        y, slopes = _multiply(mask.rows, csr, flat, lines, offset, code, keep)
         ctx.mask, ctx.activation = mask, activation
         ctx.save_for_backward(x, values, bias, lines, y, slopes)
         return y[:, :batch]
@@ -159,7 +158,7 @@ class Masked(torch.autograd.Function):
         dz, d_bias = through_activation(incoming, y, slopes, ctx.activation, needs[2])
         d_x, d_values = None, None
         if needs[0]:
-            d_x = _multiply(mask.columns, tuple(transposed), aligned(values), dz, batch)[0][:, :batch]
+            d_x = _multiply(mask.columns, tuple(transposed), aligned(values), dz)[0][:, :batch]
         if needs[1]:
             acc = accumulator(x.dtype)
             d_edges = values.new_empty(mask.edges, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from irgrow.kernels import gpu
+
 Features = Tensor | Sequence[Tensor]
 
 # Longer chunks would make the float64 additions cheaper and float32 rounding worse; here both are small.
@@ -59,6 +61,9 @@ def accumulate(
     left_blocks, right_blocks = _blocks("left", left), _blocks("right", right)
     n, dtype = _samples([*left_blocks, *right_blocks]), _precision([*left_blocks, *right_blocks])
     _check_out("accumulate", out, _width(left_blocks) + ones, _width(right_blocks))
+    if gpu.runs_triton(out.device, dtype):
+        _on_triton().accumulate(out, left_blocks, right_blocks, scale, ones, dtype)
+        return out
     for a in range(0, n, chunk):
         rows = slice(a, min(a + chunk, n))
         if by_tiles(out, dtype):
@@ -86,6 +91,9 @@ def accumulate_gram(
     blocks = _blocks("features", features)
     n, dtype, d = _samples(blocks), _precision(blocks), _width(blocks) + ones
     _check_out("accumulate_gram", out, d, d)
+    if gpu.runs_triton(out.device, dtype):
+        _on_triton().accumulate(out, blocks, None, scale, ones, dtype)
+        return out
     for a in range(0, n, chunk):
         rows = slice(a, min(a + chunk, n))
         if by_tiles(out, dtype):
@@ -196,7 +204,10 @@ class OuterSums:
         every = [block for of_one in blocks.values() for block in of_one]
         self._precision = _precision(every)
         device = every[0].device
-        self._tiles = device.type == "cpu" and compiled() is not None
+        on_triton = gpu.runs_triton(device, self._precision)
+        self._tiles = device.type == "cpu" and compiled() is not None and not on_triton
+        if on_triton:
+            self._feature_major = set()
         for name, of_one in blocks.items():
             shape = _width(of_one) + (name in self._ones), self._chunk
             self._widths[name] = shape[0]
@@ -231,6 +242,9 @@ class OuterSums:
                 add_packed(total, packed[left], packed[right], symmetric=left == right)
             return
         columns = {name: self._columns(name, 0, self._filled) for name in self.names}
+        if gpu.runs_triton(next(iter(columns.values())).device, self._precision):
+            _on_triton().add_pairs(sums, columns)
+            return
         for name in self._feature_major:
             columns[name] = columns[name].contiguous()
         for (left, right), total in sums.items():
@@ -271,6 +285,8 @@ def by_tiles(out: Tensor, dtype: torch.dtype) -> bool:
 def route(device: torch.device | str = "cpu") -> tuple[str, str]:
     """(route, reason) of the sums there."""
     kind = torch.device(device).type
+    if gpu.runs_triton(torch.device(device), torch.float32):
+        return "triton", "one launch for all sums: triangle tiles, split over samples, float64 added in fixed order"
     if kind != "cpu":
         return "products", f"matrix products of {kind}"
     if compiled() is None:
@@ -344,6 +360,12 @@ def _pack(blocks: Sequence[Tensor], rows: slice, ones: bool, data: Tensor, *, at
         start += block.shape[1]
     if ones:
         data[start // group, at : at + samples, start % group] = 1.0
+
+
+def _on_triton() -> Any:
+    from irgrow.kernels import outer_triton
+
+    return outer_triton
 
 
 def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0) -> None:

@@ -52,7 +52,8 @@ class Compiled:
 
     name: str
     registers: int
-    stack: int  # bytes of local memory of a thread
+    spills: int  # bytes that a thread stores because it has no register for them
+    stack: int  # bytes of local memory of a thread: spills, and tables such as those of sin for huge arguments
     shared: int  # bytes of a program
     sass: str
 
@@ -65,17 +66,12 @@ class Compiled:
         return sum(re.match(pattern, name) is not None for name in self.instructions)
 
     @property
-    def spills(self) -> int:
-        """Instructions that access local memory, and bytes that are set aside for it."""
-        return self.stack + self.count("STL|LDL")
-
-    @property
     def tensor_core(self) -> int:
         return self.count("[HQDI]G?MMA")
 
     def __str__(self) -> str:
         kinds = sorted({n for n in self.instructions if re.match("[HQDI]G?MMA", n)})
-        return f"{self.name}: {self.registers} registers, {self.spills} spills, {self.shared} B shared, {kinds}"
+        return f"{self.name}: {self.registers} registers, {self.spills} B spilled, {self.shared} B shared, {kinds}"
 
 
 def compiled(launch: Launch) -> Compiled:
@@ -98,9 +94,10 @@ def compiled(launch: Launch) -> Compiled:
             attrs[place,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
     built = triton.compile(source, target=GPUTarget(*TARGET), options=dict(launch.options))
-    usage, sass = _inspected(built.asm["cubin"])
+    usage, sass, log = _inspected(built.asm["cubin"], built.asm["ptx"])
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
-    return Compiled(launch.kernel.__name__, registers, stack, built.metadata.shared, sass)
+    spills = sum(int(found) for found in re.findall(r"(\d+) bytes spill", log))
+    return Compiled(launch.kernel.__name__, registers, spills, stack, built.metadata.shared, sass)
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> list[Launch]:
@@ -130,8 +127,8 @@ def _type_of(parameter: Any, value: Any) -> tuple[str, bool]:
     return "i32" if -(2**31) <= value < 2**31 else "i64", known
 
 
-def _inspected(cubin: bytes) -> tuple[str, str]:
-    """(what it uses, its instructions), by the tools in Triton's wheel."""
+def _inspected(cubin: bytes, ptx: str) -> tuple[str, str, str]:
+    """(what it uses, its instructions, what the assembler says of it), by the tools in Triton's wheel."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -142,4 +139,9 @@ def _inspected(cubin: bytes) -> tuple[str, str]:
             subprocess.run([tools / tool, option, path], capture_output=True, text=True, check=True).stdout
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    return usage, sass
+        source = path.with_suffix(".ptx")
+        source.write_text(ptx)
+        command = [tools / "ptxas", "-v", "--gpu-name=sm_90a", source, "-o", path]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "bytes spill stores" in log, log
+    return usage, sass, log
