@@ -88,10 +88,10 @@ def budget(task: Task = TASK) -> int:
     return per_unit * (task.every * sum(widths[:-1]) + task.after * widths[-1])
 
 
-def checkpoints(seed: int, task: Task = TASK) -> tuple[Run, list[Network]]:
+def checkpoints(seed: int) -> tuple[Run, list[Network]]:
     """A run grown by the paper's Random, and its network before each growth."""
     held: list[Network] = []
-    run = run_one(RANDOM, task, seed, False, before_growth=lambda _, model: held.append(model.network()))
+    run = run_one(RANDOM, TASK, seed, False, before_growth=lambda _, model: held.append(model.network()))
     return run, held
 
 
