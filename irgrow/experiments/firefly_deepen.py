@@ -17,6 +17,7 @@ import torch
 
 from irgrow.experiments import images
 from irgrow.experiments.claims import claim
+from irgrow.experiments.compare import redrawn
 from irgrow.experiments.firefly_widen import NEIGHBOURS, RATE, SHARE, TUNING, twins
 from irgrow.experiments.images import Counted, Data, Path
 from irgrow.experiments.neighbours import Way, best_neighbour
@@ -255,16 +256,3 @@ def _autogrow(
         images.train(model, optimizer, rest, TUNING, draw)
         if images.score(model, unseen) <= reached:
             model.restore(before, optimizer)
-
-
-def redrawn(network: Network, seed: int) -> Network:
-    """The same graph with weights and biases drawn as torch's layers draw theirs (fixed weights stay)."""
-    draw = torch.Generator().manual_seed(seed + 1)
-    trained, new = set(network.trainable()), {}
-    for group in network.groups.values():
-        entering = [b for b in network.entering(group.name) if b.tensor in trained]
-        fan_in = sum(b.weight[0].numel() for b in entering)
-        for name in [b.tensor for b in entering] + ([f"bias.{group.name}"] if group.bias is not None else []):
-            old = network.tensors()[name]
-            new[name] = ((2 * torch.rand(old.shape, generator=draw) - 1) / math.sqrt(max(1, fan_in))).to(old)
-    return network.with_tensors(new)

@@ -71,13 +71,6 @@ def test_deepening(method: str) -> None:
     assert path.samples > 0
 
 
-def test_redrawn_networks_keep_the_graph() -> None:
-    network = firefly_deepen.start(0)
-    other = firefly_deepen.redrawn(network, 0)
-    assert other.structure == network.structure and other != network
-    assert firefly_deepen.redrawn(network, 0) == other
-
-
 def test_tasks_in_a_row_forget_nothing(tmp_path: Path) -> None:
     found = firefly_continual.learned("five pairs", 0, "firefly", 2, 3)
     assert found.changed == 0 and len(found.averages) == 2 and found.parameters[1] > found.parameters[0]
