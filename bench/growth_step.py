@@ -17,6 +17,9 @@ from bench.suite import OURS, Case, Made, Row, op
 from bench.timing import Effort, min_s
 
 BATCHES = 10
+GOALS = {("mlp", "tiny"): 3.0, ("mlp", "gradmax"): 5.0, ("conv full", "tiny"): 15.0, ("conv full", "gradmax"): 15.0}
+GOALS |= {("conv restricted", "tiny"): 5.0}
+GRADMAX_STEPS = 8.0  # a growth takes at most so many plain steps
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -110,6 +113,7 @@ def growth_step(*, net: str, how: str, batch: int, units: int, width: int, strid
         prepare={OURS: prepare_ours, "GroMo": prepare_gromo},
         view=view,
         tolerance=1e-3,
+        goal=GOALS[net, how],
         effort=Effort(pairs=9, seconds=20.0, least=3),
         note=f"{BATCHES} batches of {batch}",
     )
@@ -119,6 +123,7 @@ def growth_step(*, net: str, how: str, batch: int, units: int, width: int, strid
     yield Row(
         f"{label}, in plain steps",
         ratio=step_ms / row.ours_ms,
+        goal=1 / GRADMAX_STEPS if how == "gradmax" else None,
         ours_ms=row.ours_ms,
         theirs_ms=step_ms,
         opponent="a plain torch SGD step",
