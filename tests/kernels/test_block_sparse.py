@@ -125,14 +125,18 @@ def test_the_same_bits_with_any_number_of_threads():
 def test_the_choice_and_its_reason(monkeypatch):
     mask = random_mask(4, 4, 16, 0.5)
     assert choose(mask, "cpu")[0] == "blocks"
-    assert choose(mask, "cuda") == ("dense", "no block-sparse kernel on cuda")
+    assert choose(random_mask(20, 20, 16, 0.1), "cuda")[0] == "blocks"
+    assert choose(random_mask(4, 4, 16, 1.0), "cuda") == ("dense", "100 % in blocks of 16 is above the crossover, 30 %")
+    with monkeypatch.context() as patch:
+        patch.setattr(module.gpu, "why_not_triton", lambda device: "no triton")
+        assert choose(mask, "cuda") == ("dense", "no block-sparse kernel on cuda")
     assert block_sparse_matmul_cost(mask, 10)[0] == 2 * mask.blocks * 256 * 10
     x, values = normal(64, 3), normal(mask.blocks, 16, 16)
     half = block_sparse_matmul(mask, x.bfloat16(), values.bfloat16())  # no compiled code for it: the full product
     assert relative(half.double(), block_sparse_matmul(mask, x, values)) < 2e-2
     monkeypatch.setattr(module, "_compiled", lambda: None)
     assert choose(mask, "cpu") == ("dense", "numba is not installed")
-    with pytest.raises(RuntimeError, match="the route 'blocks' needs a CPU, numba and float32 or float64, found cpu, "):
+    with pytest.raises(RuntimeError, match="'blocks' needs a CPU, numba and float32 or float64 .*, found cpu, no "):
         block_sparse_matmul(mask, x, values, route="blocks")
 
 
