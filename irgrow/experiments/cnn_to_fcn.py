@@ -428,6 +428,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
         ax.set_xscale("symlog", linthresh=1)
         ax.set_xticks(relax, [str(epoch) for epoch in relax])
         ax.minorticks_off()
+        ax.set_xlim(-0.2, 1.2 * relax[-1])
 
     colors = [_shade(k / max(1, len(relax) - 1)) for k in range(len(relax))]
     first = runs[0]
