@@ -344,7 +344,7 @@ def claims(plan: Plan, runs: list[dict[str, Any]]) -> list[Claim]:
                 ">",
                 0.0,
                 paper="+0.05" if epoch == 0 else "",
-                note="the FCN is given the better of two rates and its best epoch on the test set, the eFCN neither"
+                note="the FCN has the better of two rates and its best epoch on the test set, the eFCN neither"
                 if k == 0
                 else "",
             )
@@ -393,7 +393,7 @@ def claims(plan: Plan, runs: list[dict[str, Any]]) -> list[Claim]:
             "<=",
             0.08,
             paper="8 %, FCN 97 %",
-            note="small networks at three times the paper's rate go further before they fit; late ones stay close",
+            note="with three times the paper's rate early ones go further before they fit; late ones stay close",
         ),
         claim(
             "off-local-alone",
@@ -411,8 +411,8 @@ def claims(plan: Plan, runs: list[dict[str, Any]]) -> list[Claim]:
             "<=",
             0.1,
             paper="an order of magnitude",
-            note="the CNN's loss is near 0 by then, and its curvature with it; relaxed earlier it falls further, see the "
-            "table",
+            note="the CNN's loss is near 0 by then, and its curvature with it; relaxed earlier it falls further: see "
+            "the table",
         ),
     ]
     return found
