@@ -344,6 +344,9 @@ def claims(plan: Plan, runs: list[dict[str, Any]]) -> list[Claim]:
                 ">",
                 0.0,
                 paper="+0.05" if epoch == 0 else "",
+                note="the FCN has the better of two rates and its best epoch on the test set, the eFCN neither"
+                if k == 0
+                else "",
             )
         )
     ends = [r["cnn"]["accuracy"][-1] for r in runs]
@@ -390,6 +393,7 @@ def claims(plan: Plan, runs: list[dict[str, Any]]) -> list[Claim]:
             "<=",
             0.08,
             paper="8 %, FCN 97 %",
+            note="with three times the paper's rate early ones go further before they fit; late ones stay close",
         ),
         claim(
             "off-local-alone",
@@ -407,6 +411,8 @@ def claims(plan: Plan, runs: list[dict[str, Any]]) -> list[Claim]:
             "<=",
             0.1,
             paper="an order of magnitude",
+            note="the CNN's loss is near 0 by then, and its curvature with it; relaxed earlier it falls further: see "
+            "the table",
         ),
     ]
     return found
@@ -428,6 +434,7 @@ def draw(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> None:
         ax.set_xscale("symlog", linthresh=1)
         ax.set_xticks(relax, [str(epoch) for epoch in relax])
         ax.minorticks_off()
+        ax.set_xlim(-0.2, 1.2 * relax[-1])
 
     colors = [_shade(k / max(1, len(relax) - 1)) for k in range(len(relax))]
     first = runs[0]
