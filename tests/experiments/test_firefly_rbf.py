@@ -23,7 +23,7 @@ def test_teacher_and_student() -> None:
 
 
 def test_new_neurons_get_further_than_splits() -> None:
-    new, split = (grown(how, 9, iterations=250).errors for how in ("firefly", "firefly, splits only"))
+    new, split = (grown(how, 9, iterations=400).errors for how in ("firefly", "firefly, splits only"))
     assert len(new) == 10 and new[-1] < 1e-3 and split[-1] > 1e-1
     assert new[-1] < new[4] < new[0]
     with pytest.raises(UnknownName, match="method 'wishing': expected one of firefly"):

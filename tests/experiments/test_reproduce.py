@@ -39,6 +39,7 @@ def run(setting: Setting) -> Findings:
 def squares(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(EXPERIMENTS, "squares", Experiment("squares", "Euclid", 6, "squares"))
     monkeypatch.setitem(sys.modules, "irgrow.experiments.squares", sys.modules[__name__])
+    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 1)  # processes cost seconds: one test has them
     return "squares"
 
 

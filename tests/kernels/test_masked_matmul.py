@@ -200,8 +200,13 @@ def test_choose_is_monotone_and_explains_itself():
     assert choose(1024, 1024, 52_000, 256, "cpu")[0] == "sparse"
     route, reason = choose(1024, 1024, 700_000, 256, torch.device("cpu"))
     assert route == "dense" and "66.8 % of 1024x1024 is above the crossover" in reason and "batch 256" in reason
-    assert choose(10, 10, 1, 8, "cuda") == ("dense", "no sparse kernel on cuda")
+    assert choose(100, 100, 100, 8, "cuda")[0] == "sparse" and choose(100, 100, 5000, 8, "cuda")[0] == "dense"
     assert choose(0, 5, 0, 8, "cpu")[0] == "sparse"
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(module.gpu, "why_not_triton", lambda device: "no triton")
+    assert choose(10, 10, 1, 8, "cuda") == ("dense", "no sparse kernel on cuda")
 
 
 def test_without_numba(monkeypatch):
@@ -210,7 +215,9 @@ def test_without_numba(monkeypatch):
     structure = random_mask(4, 4, 0.5)
     x, values = normal(4, 3), normal(structure.values)
     masked_matmul(structure, x, values)
-    with pytest.raises(RuntimeError, match="needs a CPU and numba, found cpu without numba; use route='dense'"):
+    with pytest.raises(
+        RuntimeError, match="needs a CPU and numba, or Triton, found cpu without numba; use route='dense'"
+    ):
         masked_matmul(structure, x, values, route="sparse")
 
 

@@ -92,7 +92,7 @@ class Copies(Bindable):
         if len(set(sizes.values())) > 1:
             found = ", ".join(f"{name!r} of {units} units" for name, units in sizes.items())
             raise Refused(who, f"a concatenation: {found}", "groups of one size", do=split)
-        both = sorted(set(geometry.site.entering) & set(geometry.site.leaving))
+        both = sorted({*geometry.site.inner, *(set(geometry.site.entering) & set(geometry.site.leaving))})
         if both:
             raise Refused(who, f"bundle {both[0]!r} from the site into itself", "none", do=split)
         for name in geometry.site.leaving:
