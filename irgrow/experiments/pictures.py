@@ -63,7 +63,7 @@ def points(
 def bars(path: Path, title: str, heights: Mapping[str, Sequence[float]], *, y: str, log: bool = False) -> None:
     """`path` is a picture: one bar per name at the median over seeds, every seed a point on it."""
     figure, (ax,) = panel_row(1)
-    for number, (name, values) in enumerate(heights.items()):
+    for number, values in enumerate(heights.values()):
         color = COLORS[number % len(COLORS)]
         ax.bar(number, float(np.nanmedian(values)), color=color, alpha=0.55, width=0.7)
         ax.plot([number] * len(values), values, "o", color=color, markersize=3.5)
