@@ -21,7 +21,7 @@ from torch import Tensor
 
 from irgrow.experiments.claims import Claim, claim
 from irgrow.experiments.digits import load
-from irgrow.experiments.reproduce import Findings, MissingData, Setting
+from irgrow.experiments.reproduce import Findings, Setting
 from irgrow.growth.fit import accuracy
 from irgrow.growth.methods import Random, Tiny
 from irgrow.growth.methods.base import fold_move
@@ -55,18 +55,17 @@ def resnet(size: Size, seed: int) -> Network:
     """The thin network: 1x8x8 images, ten classes, float64."""
     builder = Builder(seed=seed, dtype=torch.float64)
     builder.input("x", (1, 8, 8))
-    same = {"padding": (1, 1)}
     last, side = "stem", 8
     builder.group("stem", (size.channels[0], 8, 8), activation="relu", bias=True)
-    builder.connect("x", "stem", Conv2d((3, 3), **same))
+    builder.connect("x", "stem", Conv2d((3, 3), padding=(1, 1)))
     for n, channels in enumerate(size.channels, 1):
         stride = 1 if n == 1 else 2
         side //= stride
         inside, block = f"inside{n}", f"block{n}"
         builder.group(inside, (size.inside, side, side), activation="relu", bias=True)
         builder.group(block, (channels, side, side), activation="relu", bias=True)
-        builder.connect(last, inside, Conv2d((3, 3), (stride, stride), **same))
-        builder.connect(inside, block, Conv2d((3, 3), **same))
+        builder.connect(last, inside, Conv2d((3, 3), (stride, stride), (1, 1)))
+        builder.connect(inside, block, Conv2d((3, 3), padding=(1, 1)))
         builder.connect(last, block, Identity() if stride == 1 else Conv2d((1, 1), (stride, stride)))
         last = block
     builder.group("mean", (size.channels[-1], 1, 1))
@@ -137,15 +136,8 @@ def run_one(method: str, seed: int, size: Size | None = None) -> Run:
 
 
 def run(setting: Setting, size: Size | None = None) -> Findings:
-    """Every method from every seed's network."""
-    if setting.full:
-        raise MissingData(
-            "tiny-resnet --full",
-            "no ResNet-18 on CIFAR-100",
-            "a machine with a GPU and data/cifar-100-python",
-            do="run without --full: digits, thin networks",
-        )
-    size = size or Size()
+    """Every method from every seed's network; `full`: wider, sixty growths, still on digits."""
+    size = size or (Size(channels=(16, 32, 64), growths=60, train=800) if setting.full else Size())
     done = iter(setting.each(run_one, [(m, seed, size) for m in METHODS for seed in setting.seeds], "networks"))
     runs = {m: [next(done) for _ in setting.seeds] for m in METHODS}
     findings = Findings(_claims(runs), ("method", "parameters", "training loss", "test accuracy", "lowest", "highest"))
