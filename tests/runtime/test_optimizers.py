@@ -53,7 +53,7 @@ def growths(network: Network, n: int) -> Morphism:
         lambda: ig.AddLayer(hidden, "identity"),
         lambda: ig.AddSkip("input", "output"),
         lambda: ig.RemoveEdges(((network.ids("input")[0].item(), network.ids("output")[0].item()),)),
-        lambda: ig.FreezeEntries("bias.output", (0,)),
+        lambda: (ig.UnfreezeEntries if n // 7 % 2 else ig.FreezeEntries)("bias.output", (0,)),
         lambda: ig.PruneUnits((network.unit(hidden, 0),)),
     ]
     return kinds[n % len(kinds)]()(network)
