@@ -100,8 +100,10 @@ def _multiply(
     if transposed:
         csr = (mask.transposed_pointer, mask.transposed_block, mask.row)
     columns = _COLUMNS
-    stages = 2 if x.dtype == torch.float32 else 4
-    constants = {"S": mask.size, "C": columns, "TRANSPOSED": transposed, "num_warps": 4, "num_stages": stages}
+    single = x.dtype == torch.float32
+    warps = 2 if mask.size == 32 and not single else 4  # with 4 the assembler takes 72 registers, and spills
+    constants = {"S": mask.size, "C": columns, "TRANSPOSED": transposed}
+    constants |= {"num_warps": warps, "num_stages": 2 if single else 4}
     operands = (*csr, values, x, values if bias is None else bias, y, y if slopes is None else slopes)
     numbers = (code, int(bias is not None), int(keep), lines_of(x))
     grid = (rows // mask.size, triton.cdiv(x.shape[1], columns))
