@@ -21,22 +21,22 @@ from irgrow.kernels import block_sparse as door
 from irgrow.kernels import gpu
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.activations_triton import activate, slope_of
-from irgrow.kernels.layer_triton import aligned, in_lines, keeps_slope, through_activation
+from irgrow.kernels.layer_triton import LINE, aligned, in_lines, keeps_slope, lines_of, through_activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMNS = 64  # batch columns of a program; 128 spill registers for blocks of 64
 _SUMMED = 64  # batch columns of a product in the gradient of the values
 
-_DATA = dict(do_not_specialize=("batch", "code", "has_bias", "keep", "pitch"))
+_DATA = dict(do_not_specialize=("batch", "code", "has_bias", "keep", "lines"))
 
 
 @triton.jit(**_DATA)
 def _block_rows(
-    pointer, block, column, values, x, bias, y, slopes, code, has_bias, keep, pitch: tl.int64,
+    pointer, block, column, values, x, bias, y, slopes, code, has_bias, keep, lines: tl.int64,
     S: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """A tile [S, C] of y = sigma(W x + bias), or of W^T: `block` are the numbers of the blocks, column by column."""
-    pitch = tl.multiple_of(pitch, 16)
+    pitch = lines * LINE
     block_row = tl.program_id(0)
     inner = tl.arange(0, S)
     places = (tl.program_id(1) * C + tl.arange(0, C)).to(tl.int64)[None, :]
@@ -63,9 +63,9 @@ def _block_rows(
 
 
 @triton.jit(**_DATA)
-def _block_gradients(row, column, dz, x, out, batch, pitch: tl.int64, S: tl.constexpr, C: tl.constexpr):
+def _block_gradients(row, column, dz, x, out, batch, lines: tl.int64, S: tl.constexpr, C: tl.constexpr):
     """out[block] [S, S] = the sum over the batch of dz (its rows) times x (its columns)."""
-    pitch = tl.multiple_of(pitch, 16)
+    pitch = lines * LINE
     block = tl.program_id(0)
     inner = tl.arange(0, S)
     left = (tl.load(row + block) * S + inner).to(tl.int64)[:, None] * pitch
@@ -100,10 +100,12 @@ def _multiply(
     if transposed:
         csr = (mask.transposed_pointer, mask.transposed_block, mask.row)
     columns = _COLUMNS
-    stages = 2 if x.dtype == torch.float32 else 4
-    constants = {"S": mask.size, "C": columns, "TRANSPOSED": transposed, "num_warps": 4, "num_stages": stages}
+    single = x.dtype == torch.float32
+    warps = 2 if mask.size == 32 and not single else 4  # with 4 the assembler takes 72 registers, and spills
+    constants = {"S": mask.size, "C": columns, "TRANSPOSED": transposed}
+    constants |= {"num_warps": warps, "num_stages": 2 if single else 4}
     operands = (*csr, values, x, values if bias is None else bias, y, y if slopes is None else slopes)
-    numbers = (code, int(bias is not None), int(keep), x.shape[1])
+    numbers = (code, int(bias is not None), int(keep), lines_of(x))
     grid = (rows // mask.size, triton.cdiv(x.shape[1], columns))
     gpu.launch(_block_rows, grid, x, *operands, *numbers, **constants)
     return y, slopes
@@ -139,6 +141,6 @@ class Blocks(torch.autograd.Function):
         if needs[1]:
             d_values = torch.empty_like(values, memory_format=torch.contiguous_format)
             constants = {"S": mask.size, "C": _SUMMED, "num_warps": 4, "num_stages": 2}
-            operands = (mask.row, mask.column, dz, lines, d_values, batch, lines.shape[1])
+            operands = (mask.row, mask.column, dz, lines, d_values, batch, lines_of(lines))
             gpu.launch(_block_gradients, (mask.blocks,), x, *operands, **constants)
         return None, d_x, d_values, d_bias, None

@@ -23,22 +23,22 @@ from irgrow.kernels import masked_matmul as door
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.activations_triton import activate, slope_of
 from irgrow.kernels.graph import compressed_rows
-from irgrow.kernels.layer_triton import accumulator, aligned, in_lines, keeps_slope, through_activation
+from irgrow.kernels.layer_triton import LINE, accumulator, aligned, in_lines, keeps_slope, lines_of, through_activation
 
-_TILES = {16: 64, 64: 16, 256: 4}  # batch columns of a program: parents it fetches at once
+_TILES = {16: 64, 64: 16, 256: 8}  # batch columns of a program: parents it fetches at once
 _EDGES, _SUMMED = 32, 32  # edges of a program of sampled products, batch columns it sums up at once
 _SHARING, _SHARED = 4, 32  # values of a program that adds up shared gradients, edges it fetches at once
 
-_DATA = dict(do_not_specialize=("batch", "code", "has_bias", "keep", "edges", "values", "pitch", "given"))
+_DATA = dict(do_not_specialize=("batch", "code", "has_bias", "keep", "edges", "values", "lines", "given"))
 
 
 @triton.jit(**_DATA)
 def _rows(
-    pointer, column, index, values, x, bias, y, slopes, code, has_bias, keep, pitch: tl.int64,
+    pointer, column, index, values, x, bias, y, slopes, code, has_bias, keep, lines: tl.int64,
     E: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y[row] = sigma(sum of values[index[e]] * x[column[e]] over the edges e of the row + bias[row]), a tile of it."""
-    pitch = tl.multiple_of(pitch, 16)
+    pitch = lines * LINE
     row = tl.program_id(0)
     places = (tl.program_id(1) * C + tl.arange(0, C)).to(tl.int64)[None, :]
     live = places < pitch  # operands are zero after the batch; a bound of whole lines lets loads be wide
@@ -61,11 +61,11 @@ def _rows(
 
 @triton.jit(**_DATA)
 def _sampled(
-    row, column, dz, x, out, edges, batch, pitch: tl.int64,
+    row, column, dz, x, out, edges, batch, lines: tl.int64,
     E: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out[e] = the sum over the batch of dz[row[e]] * x[column[e]]."""
-    pitch = tl.multiple_of(pitch, 16)
+    pitch = lines * LINE
     edge = tl.program_id(0) * E + tl.arange(0, E)[:, None]
     inside = edge < edges
     left = tl.load(row + edge, mask=inside, other=0).to(tl.int64) * pitch
@@ -127,7 +127,7 @@ def _multiply(
     columns = next((c for c in _TILES if x.shape[1] <= c), max(_TILES))
     constants = {"E": _TILES[columns], "C": columns, "ACC": accumulator(x.dtype), "num_warps": 4}
     operands = (*csr, values, x, values if bias is None else bias, y, y if slopes is None else slopes)
-    numbers = (code, int(bias is not None), int(keep), x.shape[1])
+    numbers = (code, int(bias is not None), int(keep), lines_of(x))
     gpu.launch(_rows, (rows, triton.cdiv(x.shape[1], columns)), x, *operands, *numbers, **constants)
     return y, slopes
 
@@ -163,7 +163,7 @@ class Masked(torch.autograd.Function):
             acc = accumulator(x.dtype)
             d_edges = values.new_empty(mask.edges, dtype=torch.promote_types(x.dtype, torch.float32))
             constants = {"E": _EDGES, "C": _SUMMED, "ACC": acc, "num_warps": 4}
-            operands = (row, column, dz, lines, d_edges, mask.edges, batch, lines.shape[1])
+            operands = (row, column, dz, lines, d_edges, mask.edges, batch, lines_of(lines))
             gpu.launch(_sampled, (triton.cdiv(mask.edges, _EDGES),), x, *operands, **constants)
             d_values = torch.empty_like(values, memory_format=torch.contiguous_format)
             constants = {"V": _SHARING, "E": _SHARED, "ACC": acc, "num_warps": 1}

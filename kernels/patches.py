@@ -14,7 +14,7 @@ like pairs of images.
 
 Images are laid out on a grid with zeros between rows and between images, so that a shift in two dimensions is
 one offset in memory and every product is a plain matrix product. Products of a few thousand pixels are added in
-float64.
+float64. On Triton the products of all shifts, or of all taps, are one launch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from irgrow.kernels import gpu
 from irgrow.kernels.outer import Packed, accumulate, accumulate_gram, add_packed, add_products, by_tiles, mirror, pack
 from irgrow.kernels.shared import share
 
 Pair = tuple[int, int]
 PIXELS = 8192  # per float32 product
+PIXELS_TRITON = 2**18  # per launch, which adds in float64 by itself: enough to keep a GPU busy, 64 MB of 64 channels
 # What things cost on one core, in nanoseconds; only the ratios matter.
 _PER_MULTIPLY, _PER_NUMBER, _PER_CALL = 0.012, 2.5, 30_000.0
 _Shift = tuple[Pair, Pair, Pair]  # phase of the left pixel, phase of the right one, distance between them
@@ -185,11 +187,11 @@ def patch_cross(
     rows, columns = window.axes(x)
     grid = _Grid.for_cross(rows, columns)
     total = torch.zeros(*window.kernel, outputs, channels, dtype=torch.float64, device=x.device)
-    step = min(grid.images(PIXELS), max(1, batch))
+    moves_planes = _moves_planes(total, dtype)
+    step = min(grid.images(_pixels(x.device, dtype)), max(1, batch))
     planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in _phases(rows, columns)}
-    tiles = by_tiles(total, dtype)
-    landing = grid.planes(step, outputs, x.device, dtype) if tiles else None
-    place = torch.zeros(0 if tiles else outputs, step, *grid.size, dtype=dtype, device=x.device)
+    landing = grid.planes(step, outputs, x.device, dtype) if moves_planes else None
+    place = torch.zeros(0 if moves_planes else outputs, step, *grid.size, dtype=dtype, device=x.device)
     for a in range(0, batch, step):
         part = slice(a, min(a + step, batch))
         count = part.stop - a
@@ -519,46 +521,82 @@ def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> Non
     grid, channels = plan.grid, x.shape[1]
     whole = [(at, term) for at, term in enumerate(plan.terms) if term.row is None and term.column is None]
     border = [(at, term) for at, term in enumerate(plan.terms) if term.row is not None or term.column is not None]
-    step = min(grid.images(PIXELS), len(x))
+    pixels = _pixels(x.device, dtype)
+    step = min(grid.images(pixels), len(x))
     phases = _phases(plan.rows, plan.columns)
     planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in phases}
     # The same pixels with each channel's together: what stands left in a product.
-    tiles = by_tiles(sums, dtype)
-    places = {} if tiles else {p: torch.zeros(channels, step, *grid.size, dtype=dtype, device=x.device) for p in phases}
+    moves_planes = _moves_planes(sums, dtype)
+    places = (
+        {}
+        if moves_planes
+        else {p: torch.zeros(channels, step, *grid.size, dtype=dtype, device=x.device) for p in phases}
+    )
     for a in range(0, len(x), step):
         part = x[a : a + step]
         left = {}
         for phase in phases:
             image = _phase(part, phase, plan.rows, plan.columns)
             planes[phase].fill(image)
-            if tiles:
+            if moves_planes:
                 continue
             places[phase][:, : len(part), : image.shape[2], : image.shape[3]] = image.transpose(0, 1)
             left[phase] = places[phase][:, : len(part)].reshape(channels, -1)
-        if tiles:
+        if moves_planes:
             _add_moved([(sums[at], planes[t.left], planes[t.right], t.shift) for at, t in whole], len(part))
             continue
         for at, term in whole:
             right = planes[term.right].pixels(term.shift, left[term.left].shape[1])
             add_products(sums[at], left[term.left], right.T)
     if border:
-        for part in x.split(max(1, PIXELS // max(grid.size))):
+        for part in x.split(max(1, pixels // max(grid.size))):
             strips = _Strips(plan, part.to(dtype))
-            for at, term in border:
-                strips.add(sums[at], term)
+            _add_pairs([(sums[at], *strips.pair(term)) for at, term in border], dtype)
+
+
+def _moves_planes(sums: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products into `sums` are taken from planes alone, by `_add_moved`."""
+    return gpu.runs_triton(sums.device, dtype) or by_tiles(sums, dtype)
+
+
+def _pixels(device: torch.device, dtype: torch.dtype) -> int:
+    return PIXELS_TRITON if gpu.runs_triton(device, dtype) else PIXELS
+
+
+def _add_pairs(pairs: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> None:
+    """Each `out` grows by left right^T, left and right [C, pixels]."""
+    if gpu.runs_triton(pairs[0][0].device, dtype):
+        from irgrow.kernels.outer_triton import Product, add
+
+        add([Product(out, left.T, right.T) for out, left, right in pairs])
+        return
+    for out, left, right in pairs:
+        add_products(out, left, right)
 
 
 def _add_moved(moves: list[tuple[Tensor, _Plane, _Plane, Pair]], images: int) -> None:
-    """Each `out` grows by the sum over pixels p of left(p) right(p + shift)^T; every plane is packed once.
+    """Each `out` grows by the sum over pixels p of left(p) right(p + shift)^T: one launch, or every plane packed once.
 
     Of a plane with itself at no shift only what is not below the diagonal.
     """
+    grid, flat = moves[0][1].grid, moves[0][1].flat
+    if gpu.runs_triton(flat.device, flat.dtype):
+        from irgrow.kernels.outer_triton import Product, add
+
+        count = images * grid.size[0] * grid.size[1]
+        add(
+            [
+                Product(out, left.pixels((0, 0), count), right.pixels(shift, count), left is right and shift == (0, 0))
+                for out, left, right, shift in moves
+            ]
+        )
+        return
     packed: dict[int, Packed] = {}
     for _, *both, _ in moves:
         for plane in both:
             if id(plane) not in packed:
                 packed[id(plane)] = pack([plane.flat], plane.flat.dtype, slot=len(packed))
-    work = sum(out.numel() for out, *_ in moves) * images * moves[0][1].grid.size[0] * moves[0][1].grid.size[1]
+    work = sum(out.numel() for out, *_ in moves) * images * grid.size[0] * grid.size[1]
 
     def run(first: int, last: int) -> None:
         for out, left, right, (dy, dx) in moves[first:last]:
@@ -571,34 +609,42 @@ def _add_moved(moves: list[tuple[Tensor, _Plane, _Plane, Pair]], images: int) ->
 
 
 class _Strips:
-    """Rows, columns and pixels of a few images, each [C, B * length], with zeros after every row or column."""
+    """Rows, columns and pixels of a few images, each [C, B * length], with zeros after every row or column.
+
+    Where Triton multiplies, the channels of a pixel lie side by side.
+    """
 
     def __init__(self, plan: _Plan, x: Tensor) -> None:
         self.plan, self.x = plan, x
+        self.by_pixel = gpu.runs_triton(x.device, x.dtype)
         self.cache: dict[tuple[Pair, int | None, int | None], Tensor] = {}
 
-    def add(self, out: Tensor, term: _Term) -> None:
+    def pair(self, term: _Term) -> tuple[Tensor, Tensor]:
+        """The pixels of both sides that meet, [C, pixels]: views."""
         dy, dx = term.shift
         row = None if term.row is None else term.row + dy
         column = None if term.column is None else term.column + dx
         left, right = self.strip(term.left, term.row, term.column), self.strip(term.right, row, column)
         shift = dx if term.column is None else dy if term.row is None else 0
         length = left.shape[1] - abs(shift)
-        add_products(out, left.narrow(1, max(0, -shift), length), right.narrow(1, max(0, shift), length))
+        return left.narrow(1, max(0, -shift), length), right.narrow(1, max(0, shift), length)
 
     def strip(self, phase: Pair, row: int | None, column: int | None) -> Tensor:
         key = phase, row, column
         if key not in self.cache:
-            image = _phase(self.x, phase, self.plan.rows, self.plan.columns).transpose(0, 1)
-            if row is not None and column is not None:
-                self.cache[key] = image[:, :, row, column]
-                return self.cache[key]
-            line = image[:, :, row] if row is not None else image[:, :, :, column]
-            room = self.plan.grid.size[1 if row is not None else 0]
-            strip = line.new_zeros(*line.shape[:2], room)
-            strip[:, :, : line.shape[2]] = line
-            self.cache[key] = strip.flatten(1)
+            strip = self._strip(phase, row, column)
+            self.cache[key] = strip.T.contiguous().T if self.by_pixel else strip
         return self.cache[key]
+
+    def _strip(self, phase: Pair, row: int | None, column: int | None) -> Tensor:
+        image = _phase(self.x, phase, self.plan.rows, self.plan.columns).transpose(0, 1)
+        if row is not None and column is not None:
+            return image[:, :, row, column]
+        line = image[:, :, row] if row is not None else image[:, :, :, column]
+        room = self.plan.grid.size[1 if row is not None else 0]
+        strip = line.new_zeros(*line.shape[:2], room)
+        strip[:, :, : line.shape[2]] = line
+        return strip.flatten(1)
 
 
 def _assemble(sums: Tensor, plan: _Plan) -> Tensor:
