@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from irgrow.kernels.walk import _threads
+from irgrow.kernels.walk_cpu import _threads
 
 LIKE: dict[torch.dtype, Any] = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
 _WORK_PER_THREAD = 3_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves

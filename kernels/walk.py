@@ -3,30 +3,23 @@
     values[r] = sigma_r( aggregate over edges e of row r (weights[weight[e]] * value[column[e]]) + bias_r + offset[r] )
 
 `plan` makes the structure (walk_plan.py), `walk_reference` says what it means in plain torch, `walk` is the door:
-it runs compiled code on the CPU for float32 and float64, Triton on a GPU, and the reference everywhere else.
+it runs compiled code on the CPU (walk_cpu.py) for float32 and float64, Triton on a GPU, the reference elsewhere.
 Values are feature-major: one row per neuron, the batch contiguous.
 """
 
 from __future__ import annotations
 
-import os
-from array import array
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from irgrow.kernels import gpu
-from irgrow.kernels.activations import ACTIVATIONS
+from irgrow.kernels import gpu, walk_cpu
+from irgrow.kernels.walk_cpu import LIKE, Parts, backward, forward, pitch_of, sizes
 from irgrow.kernels.walk_plan import MAX, SUM, Rows, WalkPlan, parts_of, plan
+from irgrow.kernels.walk_reference import Vector, joined, walk_reference
 
 __all__ = [
     "MAX",
@@ -43,425 +36,12 @@ __all__ = [
     "walked_by",
 ]
 
-_FUNCTION = {a.code: a.function for a in ACTIVATIONS.values()}
-Vector = Tensor | Sequence[Tensor]  # one flat vector, or tensors of any shape that make it up one after the other
-
-
-def joined(parts: Vector, like: Tensor) -> Tensor:
-    """The parts as one flat vector; an empty one like `like` if there are none."""
-    if isinstance(parts, Tensor):
-        return parts
-    flat = [part.reshape(-1) for part in parts]
-    if len(flat) == 1:
-        return flat[0]
-    return torch.cat(flat) if flat else like.new_zeros(0)
-
-
-# --- what it means --------------------------------------------------------------------------------------------
-
-
-def walk_reference(
-    plan: WalkPlan, inputs: Tensor, weights: Vector, biases: Vector | None = None, offset: Tensor | None = None
-) -> Tensor:
-    """`walk` in plain torch, level by level: any dtype and device, differentiable any number of times, torch.func.
-
-    Copies all earlier values once per level, so a deep region costs O(levels * rows * batch).
-    """
-    weights, biases = joined(weights, inputs), None if biases is None else joined(biases, inputs)
-    values, computed = inputs, []
-    for level in _levels(plan, inputs.device):
-        parts = values.index_select(0, level.column) * weights.index_select(0, level.weight)[:, None]
-        z = parts.new_zeros(level.stop - level.start, parts.shape[1])
-        if level.summed is None:
-            z = z.index_add(0, level.row, parts)
-        else:
-            z = z.index_add(0, level.row[level.summed], parts[level.summed])
-            # max over a dimension sends the gradient of a tie to the first; padding is never reached
-            padded = torch.cat([parts, parts.new_full((1, parts.shape[1]), -torch.inf)])
-            largest = padded[level.padded_edges].max(1).values
-            z = z.index_copy(0, level.max_rows, largest)
-        if biases is not None and plan.biases:
-            z = z.index_add(0, level.biased, biases.index_select(0, level.bias)[:, None].expand(-1, z.shape[1]))
-        if offset is not None:
-            z = z + offset[level.start : level.stop]
-        if len(level.rows_by_code) == 1:
-            y = _FUNCTION[level.rows_by_code[0][0]](z)
-        else:
-            y = torch.cat([_FUNCTION[code](z.index_select(0, rows)) for code, rows in level.rows_by_code])
-            y = y.index_select(0, level.back_in_order)
-        computed.append(y)
-        values = torch.cat([values, y])
-    return torch.cat(computed) if computed else inputs.new_empty(0, inputs.shape[1])
-
-
-@dataclass(frozen=True)
-class _Level:
-    """Index tensors of computed rows start..stop, which share no edge. Rows are numbered from `start`."""
-
-    start: int
-    stop: int
-    column: Tensor  # per edge
-    weight: Tensor
-    row: Tensor
-    summed: Tensor | None  # the edges into SUM rows; None: all
-    max_rows: Tensor
-    padded_edges: Tensor  # [MAX rows, largest number of parents]; -1 is the padding
-    biased: Tensor  # the rows with a bias
-    bias: Tensor  # and which
-    rows_by_code: tuple[tuple[int, Tensor], ...]
-    back_in_order: Tensor
-
-
-_LEVELS: WeakKeyDictionary[WalkPlan, dict[torch.device, list[_Level]]] = WeakKeyDictionary()
-
-
-def _levels(plan: WalkPlan, device: torch.device) -> list[_Level]:
-    on = _LEVELS.setdefault(plan, {})
-    if device not in on:
-        on[device] = [_level(plan, int(start), int(stop), device) for start, stop in pairwise(plan.level_pointer)]
-    return on[device]
-
-
-def _level(plan: WalkPlan, start: int, stop: int, device: torch.device) -> _Level:
-    pointer = plan.pointer[start : stop + 1]
-    edges, first = slice(pointer[0], pointer[-1]), int(pointer[0])
-    degree = np.diff(pointer)
-    row = np.repeat(np.arange(stop - start), degree)
-    is_max = plan.aggregation[start:stop] == MAX
-    max_rows = np.flatnonzero(is_max)
-    widest = int(degree[max_rows].max()) if len(max_rows) else 0
-    place = np.arange(widest)[None, :]
-    padded = np.where(place < degree[max_rows, None], (pointer[max_rows] - first)[:, None] + place, -1)
-    bias, code = plan.bias[start:stop], plan.code[start:stop]
-    rows_by_code = [(int(c), np.flatnonzero(code == c)) for c in np.unique(code)]
-
-    def index(array: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(np.array(array, np.int64)).to(device)
-
-    return _Level(
-        start=start,
-        stop=stop,
-        column=index(plan.column[edges]),
-        weight=index(plan.weight[edges]),
-        row=index(row),
-        summed=index(np.flatnonzero(~is_max[row])) if len(max_rows) else None,
-        max_rows=index(max_rows),
-        padded_edges=index(padded),
-        biased=index(np.flatnonzero(bias >= 0)),
-        bias=index(bias[bias >= 0]),
-        rows_by_code=tuple((c, index(rows)) for c, rows in rows_by_code),
-        back_in_order=index(np.argsort(np.concatenate([rows for _, rows in rows_by_code]))),
-    )
-
-
-# --- compiled, on the CPU -------------------------------------------------------------------------------------
-
-_LINE_BYTES = 64  # lanes.py
-_PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
-_WORK_PER_THREAD = 6_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
-_LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}  # what the compiled code runs for
-_TILE_BYTES = 256  # of each row in a tile: the fewest with which a line of sums is held four times in registers
-_SPARE_BYTES = 2**24  # of memory that a plan keeps between calls, at most
-Parts = tuple[Tensor, ...]
-
-
-@lru_cache(1)
-def _kernels() -> Any:
-    """The compiled code (walk_numba), or None without numba."""
-    try:
-        from irgrow.kernels import walk_numba
-    except ImportError:
-        return None
-    return walk_numba
-
-
-def _forward(
-    plan: WalkPlan,
-    rows: Rows | None,
-    inputs: Tensor,
-    weights: Parts,
-    biases: Parts,
-    offset: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(values [neurons, B], or those of `rows` as [B, rows]; all value rows; the slopes to store if `keep`).
-
-    Behind the value rows, in the same memory, stand weights and biases put together from several parts. Nothing
-    here is left to torch's own threads: waking them costs more than a small network takes.
-    """
-    batch, size = inputs.shape[1], inputs.element_size()
-    pitch = _pitch(batch, inputs)
-    inputs = inputs.resolve_neg()
-    slices = _slices(plan, pitch, inputs)
-    cells = plan.rows * (pitch if rows is None or keep else min(pitch, _TILE_BYTES // size) * len(slices))
-    direct = not keep and rows is not None and rows.parts is not None and _sizes(weights) == rows.parts[0]
-    length = 0 if direct else _length(weights)
-    total = cells + length + _length(biases)
-    # What nobody will see lies in the memory of the call before, still in the cache.
-    buffer = inputs.new_empty(total) if rows is None or keep else _spare(plan, total, inputs)
-    start = buffer.data_ptr()
-    if direct:
-        table, held_weights = _table(weights, size)
-        weights_at = table.buffer_info()[0]
-    else:
-        weights_at, held_weights = _vector(weights, start + cells * size, inputs)
-    biases_at, held_biases = _vector(biases, start + (cells + length) * size, inputs)
-    offset = None if offset is None else _by_rows(offset)
-    slopes = inputs.new_empty(plan.slopes * pitch) if keep and plan.slopes else None
-    inputs_at, offset_at = inputs.data_ptr(), 0 if offset is None else offset.data_ptr()
-    slopes_at = 0 if slopes is None else slopes.data_ptr()
-    if rows is None:
-        out = buffer.as_strided((plan.neurons, batch), (pitch, 1), plan.inputs * pitch)
-        rows_at, count, out_at, part_of_at = 0, 0, 0, 0
-    else:
-        rows_at, count = rows.address, rows.count
-        part_of_at = rows.part_of_address if direct else 0
-        out = inputs.new_empty((batch, count))
-        out_at = out.data_ptr()
-    input_pitch, input_step = inputs.stride()
-    offset_pitch = 0 if offset is None else offset.stride(0)
-    kernel, like = _kernels().forward, _LIKE[inputs.dtype]
-
-    def walk_columns(first: int, last: int, k: int) -> None:
-        moved, width, tile = 0, pitch, start
-        if rows is not None:  # a tile: a batch of its own
-            moved, width = first * size, last - first
-            tile = start + plan.rows * (moved if keep else k * _TILE_BYTES)
-        operands = (
-            plan.address,
-            tile,
-            width,
-            inputs_at + moved * input_step,
-            input_pitch,
-            input_step,
-            weights_at,
-            part_of_at,
-            biases_at,
-            offset_at + moved if offset_at else 0,
-            offset_pitch,
-            slopes_at + plan.slopes * moved if slopes_at else 0,
-            rows_at,
-            count,
-            out_at + moved * count,
-            batch if rows is None else batch - first,
-            first if rows is None else 0,
-            last if rows is None else width,
-        )
-        kernel(like, operands)
-
-    _in_slices(walk_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
-    del held_weights, held_biases
-    if rows is not None and not keep:
-        _put_back(plan, buffer)
-    return out, buffer, slopes
-
-
-def _sizes(parts: Parts) -> list[int]:
-    return [part.numel() for part in parts]
-
-
-def _length(parts: Parts) -> int:
-    """How much memory the parts need to be put together: none if there is nothing to put together."""
-    return 0 if len(parts) < 2 else sum(_sizes(parts))
-
-
-def _vector(parts: Parts, spot: int, like: Tensor) -> tuple[int, Parts]:
-    """(address of the parts one after the other, what must be kept alive): where they lie, or put together at `spot`.
-
-    The weights of a pass are found at the same place again by the backward pass.
-    """
-    if not parts:
-        return 0, ()
-    whole = tuple(part if part.is_contiguous() and not part.is_neg() else _plain(part) for part in parts)
-    if len(whole) == 1:
-        return whole[0].data_ptr(), whole
-    table = array("q")
-    for part in whole:
-        table.append(part.data_ptr())
-        table.append(part.numel())
-    _kernels().put_together(_LIKE[like.dtype], spot, table.buffer_info()[0], len(whole))
-    return spot, whole
-
-
-def _table(parts: Parts, size: int) -> tuple[Any, Parts]:
-    """(the address in every part that the indices of all weights count from, what must be kept alive)."""
-    whole = tuple(part if part.is_contiguous() and not part.is_neg() else _plain(part) for part in parts)
-    table, before = array("q"), 0
-    for part in whole:
-        table.append(part.data_ptr() - before * size)
-        before += part.numel()
-    return table, whole
-
-
-def _plain(part: Tensor) -> Tensor:
-    return part.resolve_neg().contiguous()
-
-
-def _spare(plan: WalkPlan, length: int, like: Tensor) -> Tensor:
-    """Memory for so many numbers, from the plan's spare pieces if one is large enough."""
-    try:
-        found: Tensor = plan.spare.pop()
-    except IndexError:
-        return like.new_empty(length)
-    return found if found.numel() >= length and found.dtype == like.dtype else like.new_empty(length)
-
-
-def _put_back(plan: WalkPlan, memory: Tensor) -> None:
-    if memory.numel() * memory.element_size() <= _SPARE_BYTES:
-        plan.spare.append(memory)
-
-
-def _backward(
-    plan: WalkPlan,
-    rows: Rows | None,
-    incoming: Tensor,
-    buffer: Tensor,
-    slopes: Tensor | None,
-    weights: Parts,
-    biases: Parts,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of inputs, weights, biases and offset, those that are needed. incoming is shaped as what
-    `_forward` returned."""
-    incoming = _by_rows(incoming) if rows is None else incoming.t().resolve_neg()
-    batch, size = incoming.shape[1], buffer.element_size()
-    pitch = _pitch(batch, buffer)
-    if len(weights) > 1:
-        weights_at, held = buffer.data_ptr() + plan.rows * pitch * size, weights
-    else:
-        weights_at, held = _vector(weights, 0, buffer)
-    every_row = needs[0] or needs[1]
-    slices = _slices(plan, pitch, buffer)
-    d_inputs = d_offset = None
-    if rows is None:  # the sweep's own memory is what the caller gets
-        hidden = 0 if every_row else plan.inputs  # input rows that need not be swept have no memory
-        gradient = buffer.new_empty((plan.rows - hidden, pitch))
-        if needs[0]:
-            d_inputs = gradient.as_strided((plan.inputs, batch), (pitch, 1))
-        if needs[3]:
-            d_offset = gradient.as_strided((plan.neurons, batch), (pitch, 1), (plan.inputs - hidden) * pitch)
-        gradient_at = gradient.data_ptr() - hidden * pitch * size
-    else:
-        gradient = _spare(plan, plan.rows * min(pitch, _TILE_BYTES // size) * len(slices), buffer)
-        d_inputs = buffer.new_empty((batch, plan.inputs)).t() if needs[0] else None
-        d_offset = buffer.new_empty((plan.neurons, batch)) if needs[3] else None
-        gradient_at = gradient.data_ptr()
-    d_inputs_at = 0 if rows is None or d_inputs is None else d_inputs.data_ptr()
-    d_offset_at = 0 if rows is None or d_offset is None else d_offset.data_ptr()
-    d_weights = _Sums(len(slices), weights if needs[1] else None, buffer)
-    d_biases = _Sums(len(slices), biases if needs[2] else None, buffer)
-    incoming_at, (incoming_pitch, incoming_step) = incoming.data_ptr(), incoming.stride()
-    start, slopes_at = buffer.data_ptr(), 0 if slopes is None else slopes.data_ptr()
-    kernel, like = _kernels().backward, _LIKE[buffer.dtype]
-
-    def sweep_columns(first: int, last: int, k: int) -> None:
-        starts = first == slices[k][0]
-        moved, width, swept = 0, pitch, gradient_at
-        if rows is not None:  # a tile: a batch of its own
-            moved, width = first * size, last - first
-            swept = gradient_at + plan.rows * k * _TILE_BYTES
-        operands = (
-            plan.address,
-            start + plan.rows * moved,
-            width,
-            weights_at,
-            slopes_at + plan.slopes * moved if slopes_at else 0,
-            incoming_at + moved * incoming_step,
-            incoming_pitch,
-            incoming_step,
-            -1 if rows is None else rows.count,
-            0 if rows is None else rows.address,
-            swept,
-            d_weights.address(k),
-            d_biases.address(k),
-            d_weights.length if starts else 0,
-            d_biases.length if starts else 0,
-            int(every_row),
-            d_inputs_at + moved * plan.inputs if d_inputs_at else 0,
-            d_offset_at + moved if d_offset_at else 0,
-            batch,
-            batch if rows is None else batch - first,
-            first if rows is None else 0,
-            last if rows is None else width,
-        )
-        kernel(like, operands)
-
-    _in_slices(sweep_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
-    del held
-    if rows is not None:
-        _put_back(plan, gradient)
-    return d_inputs, d_weights.total(), d_biases.total(), d_offset
-
-
-class _Sums:
-    """A vector as long as the parts (nothing for None) that several slices add to, each in a copy of its own."""
-
-    def __init__(self, slices: int, parts: Parts | None, like: Tensor) -> None:
-        self.length = 0 if parts is None else sum(_sizes(parts))
-        self.parts = [] if parts is None else [like.new_empty(self.length) for _ in range(slices)]
-
-    def address(self, k: int) -> int:
-        return self.parts[k].data_ptr() if self.parts else 0
-
-    def total(self) -> Tensor | None:
-        if not self.parts:
-            return None
-        total = self.parts[0]
-        for other in self.parts[1:]:  # not by torch: its threads would wake for this
-            _kernels().add_onto(_LIKE[total.dtype], total.data_ptr(), other.data_ptr(), self.length)
-        return total
-
-
-def _pitch(batch: int, like: Tensor) -> int:
-    """Batch columns, padded to whole lines; one column stays alone."""
-    line = _LINE_BYTES // like.element_size()
-    return batch if batch == 1 else -(-batch // line) * line
-
-
-def _by_rows(x: Tensor) -> Tensor:
-    """x with its batch contiguous; rows may lie apart."""
-    x = x.resolve_neg()
-    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
-
-
-def _slices(plan: WalkPlan, pitch: int, like: Tensor) -> list[tuple[int, int]]:
-    """Ranges of batch columns to walk at the same time, of four lines or more: cores fetch lines in pairs."""
-    line = _LINE_BYTES // like.element_size()
-    blocks = pitch // (4 * line)
-    threads = min(torch.get_num_threads(), plan.edges * pitch // _WORK_PER_THREAD, blocks)
-    if threads <= 1:
-        return [(0, pitch)]
-    cuts = [blocks * k // threads * 4 * line for k in range(threads)] + [pitch]
-    return list(pairwise(cuts))
-
-
-def _in_slices(run: Callable[[int, int, int], None], slices: list[tuple[int, int]], panel: int) -> None:
-    """run(first, last, number of the slice) for every panel of every slice, slices on threads of their own."""
-    if len(slices) == 1 and slices[0][1] <= panel:
-        return run(0, slices[0][1], 0)
-
-    def one(k: int) -> None:
-        begin, end = slices[k]
-        for first in range(begin, end, panel):
-            run(first, min(first + panel, end), k)
-
-    others = [_threads(os.getpid()).submit(one, k) for k in range(1, len(slices))]
-    one(0)
-    for other in others:
-        other.result()
-
-
-@lru_cache(1)
-def _threads(process: int) -> ThreadPoolExecutor:
-    """Threads that run compiled code beside the caller's. Kept per process: a fork does not inherit threads."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1), thread_name_prefix="irgrow-walk")
-
 
 # --- the steps torch knows ------------------------------------------------------------------------------------
 
 
 def _runs_compiled(like: Tensor) -> bool:
-    return like.is_cpu and like.dtype in _LIKE and _kernels() is not None
+    return like.is_cpu and like.dtype in LIKE and walk_cpu.kernels() is not None
 
 
 def _reference_gradients(
@@ -516,7 +96,7 @@ class _Walk(torch.autograd.Function):
         offset: Tensor | None,
         *vectors: Tensor,
     ) -> Tensor:
-        out, buffer, slopes = _forward(plan, rows, inputs, vectors[:weights], vectors[weights:], offset, True)
+        out, buffer, slopes = forward(plan, rows, inputs, vectors[:weights], vectors[weights:], offset, True)
         ctx.plan, ctx.rows, ctx.weights = plan, rows, weights
         ctx.save_for_backward(buffer, slopes, inputs, offset, *vectors)
         return out
@@ -534,7 +114,7 @@ class _Walk(torch.autograd.Function):
             return None, None, None, *_reference_gradients(ctx.plan, incoming, *given, needs)
         middle = 2 + len(weights)
         every = needs[0], any(needs[2:middle]), any(needs[middle:]), needs[1]
-        found = _backward(ctx.plan, ctx.rows, incoming, buffer, slopes, weights, biases, every)
+        found = backward(ctx.plan, ctx.rows, incoming, buffer, slopes, weights, biases, every)
         d_inputs, d_weights, d_biases, d_offset = found
         return None, None, None, d_inputs, d_offset, *_apart(d_weights, weights), *_apart(d_biases, biases)
 
@@ -545,7 +125,7 @@ def _apart(whole: Tensor | None, parts: Parts) -> Sequence[Tensor | None]:
         return [None] * len(parts)
     if len(parts) == 1:
         return [whole.view(parts[0].shape)]
-    cut = whole.split(_sizes(parts))
+    cut = whole.split(sizes(parts))
     return [piece if part.dim() == 1 else piece.view(part.shape) for piece, part in zip(cut, parts, strict=True)]
 
 
@@ -564,7 +144,7 @@ def _walk_op(
     if not _runs_compiled(inputs):
         values = walk_reference(plan, inputs, weights, biases, offset)
         return values.contiguous(), inputs.new_empty(0), inputs.new_empty(0)
-    values, buffer, kept = _forward(plan, None, inputs, (weights,), _parts(biases), offset, True)
+    values, buffer, kept = forward(plan, None, inputs, (weights,), _parts(biases), offset, True)
     kept = inputs.new_empty(0) if kept is None else kept
     return values.clone(memory_format=torch.contiguous_format), buffer, kept
 
@@ -583,7 +163,7 @@ def _(
     values = inputs.new_empty((neurons, batch))
     if not _runs_compiled(inputs):
         return values, inputs.new_empty(0), inputs.new_empty(0)
-    pitch = _pitch(batch, inputs)
+    pitch = pitch_of(batch, inputs)
     kept = inputs.new_empty(slopes * pitch)
     return values, inputs.new_empty((inputs.shape[0] + neurons) * pitch), kept
 
@@ -604,7 +184,7 @@ def _walk_backward_op(
     plan = WalkPlan.of_structure(structure)
     found: Sequence[Tensor | None]
     if _runs_compiled(inputs):
-        found = _backward(plan, None, incoming, buffer, slopes, (weights,), _parts(biases), needs)
+        found = backward(plan, None, incoming, buffer, slopes, (weights,), _parts(biases), needs)
     else:
         needs_x, needs_w, needs_b, needs_o = needs
         bias = () if biases is None else (biases,)
@@ -709,13 +289,13 @@ def _walk(
         needs_gradient = needs_gradient or (operand is not None and operand.requires_grad)
     if needs_gradient and torch.is_grad_enabled():
         return _Walk.apply(plan, rows, len(weight_parts), *operands)
-    return _forward(plan, rows, inputs, weight_parts, bias_parts, offset, False)[0]
+    return forward(plan, rows, inputs, weight_parts, bias_parts, offset, False)[0]
 
 
 def walked_by(device: torch.device, dtype: torch.dtype) -> str:
     """What runs `walk` there: numba, Triton or plain torch."""
     if device.type == "cpu":
-        return "numba" if dtype in _LIKE and _kernels() is not None else "plain torch"
+        return "numba" if dtype in LIKE and walk_cpu.kernels() is not None else "plain torch"
     return "Triton" if gpu.runs_triton(device, dtype) else "plain torch"
 
 

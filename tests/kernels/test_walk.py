@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from irgrow.kernels import walk as walk_module
-from irgrow.kernels import walk_plan
+from irgrow.kernels import walk_cpu, walk_plan
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.walk import MAX, SUM, Rows, WalkPlan, cost, parts_of, plan, walk, walk_reference, walk_rows
 
@@ -329,7 +329,7 @@ def test_rows_on_fresh_memory_threads_and_any_gradient(
     p = region(14, 40, codes=SMOOTH, maxima=0.3 if dtype == torch.float64 else 0.0)
     tensors, rows = operands(p, batch, dtype), some_rows(p, 2)
     slow = values_and_gradients(lambda p, *o: walk_reference(p, *o)[rows.tensor].t(), p, doubled(tensors))
-    monkeypatch.setattr(walk_module, "_WORK_PER_THREAD", 1)
+    monkeypatch.setattr(walk_cpu, "_WORK_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for walk_once in (lambda p, *o: walk_rows(p, rows, *o), lambda p, *o: walk_rows(p, rows, *o).t().contiguous().t()):
         fast = values_and_gradients(walk_once, p, tensors)
@@ -409,7 +409,7 @@ def test_memory_that_serves_again_is_bounded_and_never_shared() -> None:
     assert len(p.spare) == 1
     walk_rows(p, rows, *(t.double() for t in tensors))
     walk_rows(p, rows, *tensors)
-    assert len(p.spare) == 1 and sum(t.numel() * t.element_size() for t in p.spare) <= walk_module._SPARE_BYTES
+    assert len(p.spare) == 1 and sum(t.numel() * t.element_size() for t in p.spare) <= walk_cpu._SPARE_BYTES
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
@@ -621,12 +621,12 @@ def test_slices_on_threads_and_panels_change_nothing(dtype: torch.dtype, monkeyp
     p = region(14, 40, codes=SMOOTH, maxima=0.3 if dtype == torch.float64 else 0.0)
     tensors = operands(p, 257, dtype)
     once = values_and_gradients(walk, p, tensors)
-    monkeypatch.setattr(walk_module, "_WORK_PER_THREAD", 1)
+    monkeypatch.setattr(walk_cpu, "_WORK_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    cut = walk_module._slices(p, walk_module._pitch(257, once[0]), once[0])
+    cut = walk_cpu._slices(p, walk_cpu.pitch_of(257, once[0]), once[0])
     assert len(cut) == 3 and cut[-1][1] >= 257
     threaded = values_and_gradients(walk, p, tensors)
-    monkeypatch.setattr(walk_module, "_PANEL_BYTES", 128)
+    monkeypatch.setattr(walk_cpu, "_PANEL_BYTES", 128)
     paneled = values_and_gradients(walk, p, tensors)
     for a, b, c in zip(once, threaded, paneled, strict=True):
         assert apart(b, a) < TOLERANCE[dtype] and apart(c, a) < TOLERANCE[dtype]
@@ -637,8 +637,8 @@ def test_without_numba_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> No
     p = region(15)
     tensors = operands(p, 4, torch.float64)
     expected = values_and_gradients(walk, p, tensors)
-    monkeypatch.setattr(walk_module, "_kernels", lambda: None)
-    monkeypatch.setattr(walk_module, "_forward", None)
+    monkeypatch.setattr(walk_cpu, "kernels", lambda: None)
+    monkeypatch.setattr(walk_module, "forward", None)
     found = values_and_gradients(walk, p, tensors)
     assert max(apart(f, e) for f, e in zip(found, expected, strict=True)) < 1e-12
 
