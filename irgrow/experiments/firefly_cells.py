@@ -77,8 +77,8 @@ def run(setting: Setting, *, rounds: int = ROUNDS, controls: int = 3) -> Finding
                 ">",
                 0.0,
                 paper="+0.5 (random search, CIFAR-10)",
-                note="an edge that became the identity costs nothing; few did, so the cells found are larger than random ones, "
-                "a third of whose edges are identities",
+                note="an edge that became the identity costs nothing; few did, so the cells found "
+                "are larger than random ones, a third of whose edges are identities",
             ),
             claim("size", "and has fewer parameters: ratio", "control", smaller, ">", 1.0),
         ],
