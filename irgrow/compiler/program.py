@@ -56,7 +56,7 @@ class Piece:
             if self.index is None:
                 return value.t()
             return (value[self.index] if isinstance(self.index, slice) else value.index_select(0, self.index)).t()
-        value = value.flatten(1)
+        value = value if value.dim() == 2 else value.flatten(1)
         if self.index is None:
             return value
         return value[:, self.index] if isinstance(self.index, slice) else value.index_select(1, self.index)

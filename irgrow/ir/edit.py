@@ -334,10 +334,8 @@ class Edit:
             self.repattern(name, after, Axes(bundle.tensor, (count,), (count + new,), (index_of,), one, one))
         else:
             self._replace_flat(name, after, index_of)
-        value = torch.cat(
-            [self.bundles[name].weight[:count], weight.detach().reshape(-1).to(self.bundles[name].weight)]
-        )
-        self._put(bundle.tensor, value)
+        if new:  # then the gather made a longer tensor, which nobody else holds yet
+            self.bundles[name].weight[count:] = weight.detach().reshape(-1)
         pad = torch.full((count,), -1)
         self._gathers[bundle.tensor] += tuple(
             replace(

@@ -80,8 +80,8 @@ class Gather(ABC):
         """First this gather, then `later` on its result."""
         if later.exact:
             return self
-        if self.exact:
-            return replace(later, source=self.source)
+        if self.exact:  # the same object where possible: it may know already whether it only appends
+            return later if later.source == self.source else replace(later, source=self.source)
         return self.flat().then(later.flat())
 
 
