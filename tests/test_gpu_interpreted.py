@@ -12,9 +12,10 @@ import pytest
 FOLDER = Path(__file__).parent / "gpu"
 
 
-def test_interpreted() -> None:
+def test_interpreted(request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
     arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER)]
+    arguments += ["--soak"] if request.config.getoption("--soak") else []
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         arguments,
