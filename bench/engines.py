@@ -21,6 +21,7 @@ from torch import Tensor
 import irgrow as ig
 
 Index = NDArray[np.int64]
+GRAPHED = ("torch scatter per level", "torch dense per level")  # opponents as a CUDA graph as well
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Levels:
     the levels' edges; `flat(gradient)` puts a vector in that order back into the network's order, bundle by bundle.
     """
 
-    def __init__(self, network: ig.Network) -> None:
+    def __init__(self, network: ig.Network, device: str = "cpu") -> None:
         [self._x], [y] = network.inputs, network.outputs
         hidden = [name for name in network.groups if name not in (self._x, y)]
         depth = np.concatenate([network.levels[name] for name in hidden]) if hidden else np.empty(0, np.int64)
@@ -80,8 +81,10 @@ class Levels:
             weights.append(bundle.weight.detach().reshape(-1)[torch.from_numpy(np.asarray(w, np.int64))])
         source, target = np.concatenate(sources), np.concatenate(targets)
         self._order = torch.from_numpy(np.lexsort((source, target)))
-        source, target = source[self._order.numpy()], target[self._order.numpy()]
-        self.weights = torch.cat(weights)[self._order]
+        order_of_edges = self._order.numpy()
+        source, target = source[order_of_edges], target[order_of_edges]
+        self.weights = torch.cat(weights)[self._order].to(device)
+        self._order = self._order.to(device)
         widths = np.bincount(depth, minlength=1) if order.size else np.empty(0, np.int64)
         widths = widths[widths > 0]
         bounds = np.concatenate([[self.inputs], self.inputs + np.cumsum(widths), [self.neurons]]).astype(np.int64)
@@ -132,6 +135,8 @@ def forward_engines(levels: Levels, x: Tensor) -> dict[str, Engine]:
         "torch CSR per level": _run(levels, given, [_csr(levels, one, w) for one in levels.levels]),
         "torch dense per level": _run(levels, given, [_dense(levels, one, w) for one in levels.levels]),
     }
+    if x.is_cuda:
+        return engines | {f"{name}, in a CUDA graph": in_a_graph(engines[name]) for name in GRAPHED}
     try:
         engines["scipy CSR per level"] = _scipy(levels, given)
     except ModuleNotFoundError:
@@ -208,6 +213,25 @@ def _forward(levels: Levels, given: Tensor, products: list[Product]) -> Tensor:
     return products[-1](values)
 
 
+def in_a_graph(work: Engine) -> Engine:
+    """The work as one CUDA graph. Its result is overwritten by the next call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a capture needs memory and handles that earlier calls made
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
 # --- one level ------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +247,7 @@ def _read(levels: Levels, level: Level, keeps: bool) -> tuple[Callable[[Tensor],
         if levels.chain or not keeps:
             return (lambda values: values.narrow(0, first, count)), inverse
         return (lambda values: values.narrow(0, first, count).clone()), inverse
-    index = torch.from_numpy(used)
+    index = torch.from_numpy(used).to(levels.weights.device)
     return (lambda values: values.index_select(0, index)), inverse
 
 
@@ -232,7 +256,8 @@ def _scatter(levels: Levels, level: Level, weights: Tensor) -> Product:
 
 
 def _scatter_parts(levels: Levels, level: Level) -> Callable[[Tensor], Product]:
-    row, column = torch.from_numpy(level.row), torch.from_numpy(level.column - levels.base(level))
+    indices = (level.row, level.column - levels.base(level))
+    row, column = (torch.from_numpy(index).to(levels.weights.device) for index in indices)
     rows = level.rows
 
     def with_weights(w: Tensor) -> Product:
@@ -260,7 +285,7 @@ def _csr_parts(levels: Levels, level: Level) -> tuple[Tensor, Product]:
 
 
 def _csr_tensor(level: Level, column: Index, width: int, weights: Tensor) -> Tensor:
-    pointer, index = (torch.from_numpy(part.astype(np.int32)) for part in (level.pointer, column))
+    pointer, index = (torch.from_numpy(p.astype(np.int32)).to(weights.device) for p in (level.pointer, column))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "in beta state"
         return torch.sparse_csr_tensor(pointer, index, weights.clone(), (level.rows, width), check_invariants=True)
@@ -285,7 +310,7 @@ def _dense_parts(levels: Levels, level: Level) -> tuple[Tensor, Product]:
 
 def _dense_matrix(levels: Levels, level: Level, weights: Tensor, keeps: bool) -> tuple[Tensor, Product]:
     read, inverse = _read(levels, level, keeps)
-    matrix = torch.zeros(level.rows, level.columns[0].size)
+    matrix = weights.new_zeros(level.rows, level.columns[0].size)
     matrix[torch.from_numpy(level.row), torch.from_numpy(inverse)] = weights[level.first : level.last]
     return matrix, read
 

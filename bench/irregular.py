@@ -36,6 +36,7 @@ SCATTER_GOAL = 20.0  # forward and backward, batch 32, grown 1k, against scatter
         for batch, backward in ((1, False), (32, False), (256, False), (32, True))
     ],
     tiny={"neurons": 160},
+    devices=("cpu", "cuda"),
 )
 def irregular(*, net: str, batch: int, backward: bool, neurons: int, device: str) -> Made:
     """Compiled irregular networks: forward, and forward and backward, beside the best engine per level.
@@ -44,15 +45,15 @@ def irregular(*, net: str, batch: int, backward: bool, neurons: int, device: str
     the layer before; small-world: Watts-Strogatz, degree 32, 10 % rewired, in a random order. All relu, float32.
     """
     network = _network(net, neurons)
-    model = ig.compile(network)
-    levels = engines.Levels(network)
+    model = ig.compile(network, device=device)
+    levels = engines.Levels(network, device)
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, levels.inputs, generator=draw)
+    x = torch.randn(batch, levels.inputs, generator=draw).to(device)
     edges = int(levels.weights.numel())
     label = f"{net}, B={batch}, {'forward+backward' if backward else 'forward'}"
     forward_bytes = 4.0 * (2 * edges + levels.neurons * batch)
     threads = sorted({1, torch.get_num_threads()})
-    goals = GOALS[net]
+    goals = GOALS[net] if device == "cpu" else (None,) * 4
     if not backward:
         yield Case(
             label,
@@ -64,7 +65,7 @@ def irregular(*, net: str, batch: int, backward: bool, neurons: int, device: str
             threads=threads,
         )
         return
-    g = torch.randn(batch, levels.outputs, generator=draw)
+    g = torch.randn(batch, levels.outputs, generator=draw).to(device)
     parameters = [model.tensors()[bundle.tensor] for bundle in network.bundles.values()]
 
     def ours() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -83,7 +84,7 @@ def irregular(*, net: str, batch: int, backward: bool, neurons: int, device: str
     yield Case(label, opponents=opponents, goal=goals[3] if batch == 32 else None, **common)
     if net == "grown 1k" and batch == 32:
         scatter = {SCATTER: opponents[SCATTER]}
-        yield Case(f"{label}, scatter", opponents=scatter, goal=SCATTER_GOAL, **common)
+        yield Case(f"{label}, scatter", opponents=scatter, goal=SCATTER_GOAL if device == "cpu" else None, **common)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The tests of tests/gpu, interpreted on the CPU: Triton decides that when it is imported, hence the processes."""
+"""The tests of tests/gpu, interpreted on the CPU: Triton decides that when it is imported, hence the process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "gpu"
-FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted(file: str) -> None:
+def test_interpreted(request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
-    arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER / file)]
+    arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER)]
+    arguments += ["--soak"] if request.config.getoption("--soak") else []
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         arguments,

@@ -11,8 +11,6 @@ from irgrow.ir.interpreter import interpret
 from irgrow.ir.network import Network
 from irgrow.testing import inputs_for, random_network
 
-NETWORKS = 50
-
 
 def outputs(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else out
@@ -52,11 +50,12 @@ def normalised(network: Network) -> bool:
     return any(g.norm is not None and g.norm.across_units for g in network.groups.values())
 
 
-def test_random_networks(device: str, large: bool) -> None:
+@pytest.mark.parametrize("networks", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_random_networks(networks: int, device: str, large: bool) -> None:
     """The first networks that have something to walk; larger ones where there is time."""
     size = {"steps": 5, "widest": 6} if large else {"steps": 2, "widest": 3}
     walked = seed = 0
-    while walked < NETWORKS:
+    while walked < networks:
         network = random_network(seed, **size).to(torch.float64)
         seed += 1
         if "walked by" not in ig.compile(network).explain():

@@ -13,7 +13,7 @@ from irgrow.kernels.patches import PatchGram, Window, patch_cross, patch_cross_r
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 WINDOWS = [
     (Window.of((3, 2), padding=1), torch.float32),
-    (Window.of(3, stride=2, padding=1), torch.float64),
+    (Window.of((2, 3), stride=2, padding=1), torch.float64),
     (Window.of(2, stride=(1, 3), padding=(0, 2), dilation=2), torch.float32),
 ]
 

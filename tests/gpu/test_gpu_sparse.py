@@ -94,14 +94,25 @@ def test_operands_may_lie_anyhow(device: str) -> None:
     assert found.equal(expected)
 
 
-def test_empty(device: str) -> None:
+@pytest.mark.parametrize("edges", [0, 4])
+@pytest.mark.parametrize("batch", [0, 3])
+def test_nothing_to_sum(edges: int, batch: int, device: str) -> None:
     """No edges, no batch: the bias, or nothing; gradients of zeros."""
-    structure = mask(2, 3, *(torch.zeros(0, dtype=torch.long),) * 2)
-    check(
-        masked_matmul, masked_matmul_reference, structure, masked(structure, 4, torch.float64, device), "sparse", "sin"
-    )
-    none = masked_matmul(random_mask(3, 3, 0.5), normal(3, 0).to(device), normal(20).to(device), route="sparse")
-    assert none.shape == (4, 0)
+    places = torch.arange(edges) % 2
+    structure = mask(2, 3, places, places)
+    operands = masked(structure, batch, torch.float64, device)
+    found = check(masked_matmul, masked_matmul_reference, structure, operands, "sparse", "sin")
+    assert found[2].shape == (structure.values + 2,) and ((batch and edges) or found[2].eq(0).all())
+
+
+@pytest.mark.parametrize("present", [False, True])
+@pytest.mark.parametrize("batch", [0, 3])
+def test_no_blocks_to_sum(present: bool, batch: int, device: str) -> None:
+    structure = block_mask(torch.tensor([[present, False]]), 16)
+    operands = blocks(structure, batch, torch.float32, device)
+    found = check(block_sparse_matmul, block_sparse_matmul_reference, structure, operands, "blocks", "sin")
+    assert found[1].shape == (32, batch) and found[2].shape == (int(present), 16, 16)
+    assert found[1][16:].eq(0).all() and (batch or found[3].eq(0).all())
 
 
 def test_large_masks(device: str, large: bool) -> None:
@@ -123,7 +134,13 @@ def test_second_derivatives_are_the_references(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "batch", "activation"), [(16, 1, "gelu"), (16, 70, "relu"), (32, 9, "tanh"), (64, 130, "silu")]
+    ("size", "batch", "activation"),
+    [
+        (16, 1, "gelu"),
+        (16, 70, "relu"),
+        (32, 9, "tanh"),
+        pytest.param(64, 130, "silu", marks=pytest.mark.slow),
+    ],
 )
 def test_block_sparse(size: int, batch: int, activation: str, device: str) -> None:
     """An empty row of blocks, an empty column, float32."""
