@@ -27,6 +27,7 @@ from irgrow.growth.moments import Sums
 from irgrow.growth.windows import Windows
 from irgrow.kernels.outer import accumulate
 from irgrow.kernels.patches import patch_cross
+from irgrow.kernels.patches_through import through_cross
 
 MEMORY = 1 << 26  # numbers held at once, about
 PER_MULTIPLY = 0.03  # what a multiply-add costs beside a number read or written
@@ -140,11 +141,33 @@ def _add_products(sums: Sums, name: str, values: Mapping[str, Tensor], g: Mappin
             here = {n: v[part] for n, v in values.items()}
             if way.windows is None:
                 product, by = _flattened_product(sums, way, here, g[way.target][part]), "accumulate"
+            elif not sums.geometry.steps and not sums.geometry.centres:
+                product, by = _through_product(sums, way, here, g[way.target][part]), "through_cross"
             elif _spreading_pays(sums, way):
                 product, by = _spread_product(sums, way, here, g[way.target][part]), "patch_cross"
             else:
                 product, by = _read_product(sums, way, here, g[way.target][part]), "accumulate"
             sums.put(name, sign * product, columns=columns, by=by)
+
+
+def _through_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
+    """`[F, O * taps]` for a convolution that leaves where others enter: two windows in a row."""
+    assert way.windows is not None
+    geometry, outer = sums.geometry, way.windows.kernel_window
+    rows, constant = [], g.new_zeros(way.block.width, dtype=torch.float64)
+    for entry in geometry.entries:
+        assert entry.windows is not None
+        if entry.group != way.group:
+            rows.append(g.new_zeros(entry.block.width, way.block.width, dtype=torch.float64))
+            continue
+        product = through_cross(values[entry.source], entry.windows.kernel_window, g, outer, tap=way.block.tap)
+        rows.append(product[:-1])
+        constant = product[-1]
+    if sums.bias:
+        biased = geometry.biased or (geometry.entries[0].group,)
+        rows.append((constant if way.group in biased else torch.zeros_like(constant))[None])
+    scale = (geometry.slopes[way.group] or 1.0) / (geometry.slope or 1.0)
+    return torch.cat(rows) * scale
 
 
 def _spread_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
