@@ -34,7 +34,7 @@ from irgrow.kernels.shared import share
 Pair = tuple[int, int]
 PIXELS = 8192  # per float32 product
 # What things cost on one core, in nanoseconds; only the ratios matter.
-_PER_MULTIPLY, _PER_NUMBER, _PER_CALL = 0.012, 2.5, 30_000.0
+_PER_MULTIPLY, _PER_NUMBER, _PER_CALL = 0.012, 5.0, 30_000.0
 _Shift = tuple[Pair, Pair, Pair]  # phase of the left pixel, phase of the right one, distance between them
 
 
@@ -399,7 +399,7 @@ class _Plan:
         width *= self.columns.kernel
         unfolding = positions * width * (_PER_NUMBER + _PER_MULTIPLY * width / 2)
         calls = len(self.terms) * -(-images // self.grid.images(PIXELS))
-        shifting = images * self.pixels * channels * (0.1 * _PER_NUMBER + 1.5 * _PER_MULTIPLY * channels)
+        shifting = images * self.pixels * channels * (0.05 * _PER_NUMBER + 1.5 * _PER_MULTIPLY * channels)
         return shifting + _PER_CALL * calls < unfolding
 
 

@@ -43,15 +43,13 @@ def add_image_moments(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, 
             fed = {target.name: _flat_feeding(target, values)} if {"S_in", "M"} & want else {}
             sums.add_targets(fed, {n: v.flatten(1) for n, v in g.items() if n == target.name})
     direct = _direct(sums)
-    if "S" in want and direct:
-        entry = geometry.entries[0]
-        assert entry.windows is not None
-        sums.patches("S", values[entry.source], entry.windows, sums.bias)
+    if "S" in want and direct is not None:
+        sums.patches("S", values[geometry.entries[0].source], direct, sums.bias)
     if "M_prev" in want:
         _add_products(sums, "M_prev", values, g, 1.0)
-    if ("S" in want and not direct) or "C" in want:
+    if ("S" in want and direct is None) or "C" in want:
         for part in _parts(sums, values):
-            _add_unfolded(sums, {n: v[part] for n, v in values.items()}, direct)
+            _add_unfolded(sums, {n: v[part] for n, v in values.items()}, direct is not None)
 
 
 def add_image_residual(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> None:
@@ -271,13 +269,16 @@ def _features(sums: Sums, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- parts -------------------------------------------------------------------------------------------------------
 
 
-def _direct(sums: Sums) -> bool:
-    """Whether S is the Gram matrix of plain patches: one entry, left where it is entered."""
+def _direct(sums: Sums) -> Windows | None:
+    """The windows whose patches have S for Gram matrix, if there is one entry, left where it is entered."""
     geometry = sums.geometry
     if len(geometry.entries) != 1 or geometry.steps or len(geometry.places) != 1 or geometry.centres:
-        return False
-    entry, (exit, windows) = geometry.entries[0], geometry.places[0]
-    return entry.group == exit and windows is None and geometry.slopes[exit] in (geometry.slope, 0.0)
+        return None
+    entry, (exit, picked) = geometry.entries[0], geometry.places[0]
+    if entry.group != exit or entry.windows is None or geometry.slopes[exit] not in (geometry.slope, 0.0):
+        return None
+    hidden, image = (geometry.network.groups[name].shape[1:] for name in (exit, entry.source))
+    return entry.windows if picked is None else entry.windows.at(picked, (hidden[0], hidden[1]), (image[0], image[1]))
 
 
 def _patch_cross(x: Tensor, y: Tensor, w: Windows) -> Tensor:
