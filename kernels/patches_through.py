@@ -61,6 +61,19 @@ def through_cross(x: Tensor, inner: Window, y: Tensor, outer: Window, *, tap: in
     return out.flatten(1)
 
 
+def through_cost(
+    x_shape: tuple[int, int, int, int], outputs: int, inner: Window, outer: Window, *, itemsize: int = 4
+) -> tuple[int, int]:
+    """(flops, bytes) of `through_cross`: one product for every pixel that some pair of taps reads, per axis."""
+    batch, channels, height, width = x_shape
+    x = torch.empty(0, channels, height, width)
+    hidden = x.new_empty(0, 1, *inner.output(x))
+    rows, columns = (_Chain(a, b) for a, b in zip(inner.axes(x), outer.axes(hidden), strict=True))
+    products = len(set(rows.reads.values())) * len(set(columns.reads.values()))
+    pixels = batch * rows.outputs * columns.outputs * products
+    return 2 * channels * outputs * pixels, itemsize * (channels + outputs) * pixels
+
+
 @dataclass(frozen=True)
 class _Read:
     """Which pixel an output reads, and the outputs that do not, although there is one."""

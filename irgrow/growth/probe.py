@@ -306,9 +306,9 @@ class Gathering:
 
     def _statistics(self, name: str, sums: Sums) -> Statistics:
         geometry = sums.geometry
-        moments = {k: sums.total(k) / self.n for k in sums.want}
+        moments = {k: sums.total(k).div_(self.n) for k in sums.want}
         if sums.move is not None:
-            moments["residual"] = sums.total("N") / self.n
+            moments["residual"] = sums.total("N").div_(self.n)
         return Statistics(
             name,
             self.network.structure,

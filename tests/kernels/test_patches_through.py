@@ -10,7 +10,7 @@ from torch import Tensor
 
 from irgrow.kernels import outer, patches
 from irgrow.kernels.patches import Window
-from irgrow.kernels.patches_through import through_cross, through_cross_reference
+from irgrow.kernels.patches_through import through_cost, through_cross, through_cross_reference
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -63,6 +63,12 @@ def test_outputs_outside_the_hidden_image_are_left_out(monkeypatch):
     expected = through_cross_reference(x, window, y, window)
     monkeypatch.setattr(patches, "_without", lambda y, missed: y)
     assert (through_cross(x, window, y, window) - expected).abs().max() > 0.1
+
+
+def test_pairs_of_taps_share_products():
+    window = Window((3, 3), (2, 2), (1, 1))
+    shared, _ = through_cost((32, 16, 32, 32), 64, window, window)
+    assert shared == 2 * 16 * 64 * 49 * 32 * 8 * 8  # not 81
 
 
 def test_callers_mistakes():
