@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from irgrow.kernels.patches import Pair, Window, _Axis, _check_positions, _cross_sums, _Tap
+from irgrow.kernels.patches import Window, _Axis, _check_positions, _cross_sums, _Tap
 
 
 def through_cross_reference(x: Tensor, inner: Window, y: Tensor, outer: Window, *, tap: int | None = None) -> Tensor:
