@@ -9,7 +9,7 @@ pixel does not, those outputs r are left out: one more product for each such bor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -40,23 +40,15 @@ def through_cross(x: Tensor, inner: Window, y: Tensor, outer: Window, *, tap: in
     _check_positions(hidden, outer, y, Window((1, 1)))
     x, y = x.detach(), y.detach()
     rows, columns = (_Chain(a, b) for a, b in zip(inner.axes(x), outer.axes(hidden), strict=True))
-    taps = [divmod(t, outer.kernel[1]) for t in (range(outer.taps) if tap is None else (tap,))]
-    index: dict[tuple[_Read, _Read], int] = {}
-    pairs = [
-        ((s, (i, j)), at, index.setdefault((rows.reads[i, t[0]], columns.reads[j, t[1]]), len(index)))
-        for s, (i, j) in enumerate((i, j) for i in range(inner.kernel[0]) for j in range(inner.kernel[1]))
-        for at, t in enumerate(taps)
-    ]
-    wanted = [(row.tap, column.tap, (row.missed, column.missed)) for row, column in index]
-    sums = _cross_sums(x, y, rows, columns, wanted)  # [reads, O, C]
+    plan = _plan(rows, columns, tap)
+    sums = _cross_sums(x, y, rows, columns, plan.reads)  # [reads, O, C]
     channels, outputs = x.shape[1], y.shape[1]
-    out = sums.new_empty(channels * inner.taps + 1, outputs, len(taps))
-    patches = out[:-1].view(channels, inner.taps, outputs, len(taps))
-    for (s, _), at, found in pairs:
-        patches[:, s, :, at] = sums[found].T
+    # Inner and outer taps side by side, as the columns of b and of g stand.
+    by_tap = sums[plan.index.to(sums.device)].unflatten(0, (inner.taps, -1))  # [inner taps, taps, O, C]
+    out = sums.new_empty(channels * inner.taps + 1, outputs, len(plan.inside))
+    out[:-1].view(channels, inner.taps, outputs, -1).copy_(by_tap.permute(3, 0, 2, 1))
     total = y.sum(0, dtype=torch.float64)
-    for at, (i, j) in enumerate(taps):
-        (a, b), (c, d) = rows.inside[i], columns.inside[j]
+    for at, ((a, b), (c, d)) in enumerate(plan.inside):
         out[-1, :, at] = total[:, a:b, c:d].sum((1, 2))
     return out.flatten(1)
 
@@ -128,3 +120,27 @@ class _Chain:
     def longest(self) -> int:
         """Pixels of the phase that has most, at least 1."""
         return max(1, *(len(range(tap.phase, self.inner.length, self.stride)) for tap in self.taps))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The products that are needed, which of them each pair of taps takes, and what each outer tap reads inside."""
+
+    reads: tuple[tuple[_Tap, _Tap, tuple[tuple[int, ...], tuple[int, ...]]], ...]
+    index: Tensor  # [inner taps * outer taps]
+    inside: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+
+
+@lru_cache(maxsize=64)
+def _plan(rows: _Chain, columns: _Chain, tap: int | None) -> _Plan:
+    kernel = rows.outer.kernel, columns.outer.kernel
+    taps = [divmod(t, kernel[1]) for t in (range(kernel[0] * kernel[1]) if tap is None else (tap,))]
+    found: dict[tuple[_Read, _Read], int] = {}
+    index = [
+        found.setdefault((rows.reads[i, a], columns.reads[j, b]), len(found))
+        for i in range(rows.inner.kernel)
+        for j in range(columns.inner.kernel)
+        for a, b in taps
+    ]
+    reads = tuple((row.tap, column.tap, (row.missed, column.missed)) for row, column in found)
+    return _Plan(reads, torch.tensor(index), tuple((rows.inside[a], columns.inside[b]) for a, b in taps))
