@@ -512,10 +512,12 @@ def _cross_sums(
     """
     dtype, (batch, channels), outputs = _precision(x, y), x.shape[:2], y.shape[1]
     total = torch.zeros(len(wanted), outputs, channels, dtype=torch.float64, device=x.device)
+    tiles = by_tiles(total, dtype)
+    wide = tiles and outputs > channels  # what stands right is read in whole lines: the wider one
+    total = total.new_zeros(len(wanted), channels, outputs) if wide else total
     grid = _Grid.for_cross(rows, columns)
     step = min(grid.images(PIXELS), max(1, batch))
     planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in _phases(rows, columns)}
-    tiles = by_tiles(total, dtype)
     landings = {missed: grid.planes(step, outputs, x.device, dtype) for *_, missed in wanted} if tiles else {}
     place = torch.zeros(0 if tiles else outputs, step, *grid.size, dtype=dtype, device=x.device)
     for a in range(0, batch, step):
@@ -526,10 +528,13 @@ def _cross_sums(
         for missed, landing in landings.items():
             landing.fill(_without(y[part], missed))
         if tiles:
-            moves = [
-                (total[at], landings[missed], planes[row.phase, column.phase], (row.offset, column.offset))
-                for at, (row, column, missed) in enumerate(wanted)
-            ]
+            moves = []
+            for at, (row, column, missed) in enumerate(wanted):
+                landing, plane = landings[missed], planes[row.phase, column.phase]
+                if wide:
+                    moves.append((total[at], plane, landing, (-row.offset, -column.offset)))
+                else:
+                    moves.append((total[at], landing, plane, (row.offset, column.offset)))
             _add_moved(moves, count)
             continue
         lefts: dict[object, Tensor] = {}
@@ -540,7 +545,7 @@ def _cross_sums(
             left = lefts[missed]
             right = planes[row.phase, column.phase].pixels((row.offset, column.offset), left.shape[1])
             add_products(total[at], left, right.T)
-    return total
+    return total.mT if wide else total
 
 
 def _without(y: Tensor, missed: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
