@@ -53,6 +53,10 @@ def patches(*, what: str, batch: int, channels: int, size: int, device: str) -> 
         x, y = images
         shape_w = (channels, channels, KERNEL, KERNEL)
 
+        def exact() -> torch.Tensor:
+            found = torch_conv2d_weight(x.double(), shape_w, y.double(), padding=PADDING)
+            return found.flatten(1).T
+
         def conv2d_weight() -> torch.Tensor:
             found = torch_conv2d_weight(x, shape_w, y, padding=PADDING)
             return found.flatten(1).T
@@ -61,6 +65,7 @@ def patches(*, what: str, batch: int, channels: int, size: int, device: str) -> 
             label,
             ours=_ours(what, images),
             opponents={"torch.nn.grad.conv2d_weight, float32": conv2d_weight},
+            reference=exact,
             tolerance=1e-5,
             cost=(flops, moved),
         )

@@ -34,7 +34,7 @@ from bench.timing import QUICK, Effort, Roof, Work, paired, quickest
 
 RESULTS = Path(__file__).parent / "results"
 LATEST = RESULTS / "latest.json"
-NOT_OPS = ("__main__", "suite", "timing", "plot", "nets", "engines", "memory", "gromo_side", "page")
+NOT_OPS = ("__main__", "suite", "timing", "plot", "nets", "engines", "memory", "gromo_side", "growth_floor", "page")
 
 OURS = "ours"
 FINE, MISSED, WRONG, FAILED, SKIPPED = "fine", "missed", "WRONG", "FAILED", "skipped"

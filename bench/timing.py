@@ -115,10 +115,12 @@ def quickest(
     return best[1], best[2], found
 
 
-def min_s(work: Work, *, device: str = "cpu", samples: int = 9) -> float:
-    """The shortest of a few samples, in seconds per call: for a unit of measurement."""
+def min_s(
+    work: Callable[..., Any], *, device: str = "cpu", samples: int = 9, prepare: Callable[[], Any] | None = None
+) -> float:
+    """The shortest of a few samples, in seconds per call: for a unit of measurement. `prepare` as in `paired`."""
     with _quiet():
-        sampler = _Sampler(work, device, None)
+        sampler = _Sampler(work, device, None, prepare)
         sampler.warm_up(SAMPLE_S)
         return min(sampler.sample() for _ in range(samples))
 

@@ -19,8 +19,10 @@ float64. On Triton the products of all shifts, or of all taps, are one launch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ Pair = tuple[int, int]
 PIXELS = 8192  # per float32 product
 PIXELS_TRITON = 2**18  # per launch, which adds in float64 by itself: enough to keep a GPU busy, 64 MB of 64 channels
 # What things cost on one core, in nanoseconds; only the ratios matter.
-_PER_MULTIPLY, _PER_NUMBER, _PER_CALL = 0.012, 2.5, 30_000.0
+_PER_MULTIPLY, _PER_NUMBER, _PER_CALL = 0.012, 5.0, 30_000.0
 _Shift = tuple[Pair, Pair, Pair]  # phase of the left pixel, phase of the right one, distance between them
 
 
@@ -181,41 +183,11 @@ def patch_cross(
     """
     window = Window.of(kernel, stride=stride, padding=padding, dilation=dilation)
     _check_positions(x, window, y, Window((1, 1)))
-    dtype = _precision(x, y)
     x, y = x.detach(), y.detach()
-    (batch, channels), outputs = x.shape[:2], y.shape[1]
     rows, columns = window.axes(x)
-    grid = _Grid.for_cross(rows, columns)
-    total = torch.zeros(*window.kernel, outputs, channels, dtype=torch.float64, device=x.device)
-    moves_planes = _moves_planes(total, dtype)
-    step = min(grid.images(_pixels(x.device, dtype)), max(1, batch))
-    planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in _phases(rows, columns)}
-    landing = grid.planes(step, outputs, x.device, dtype) if moves_planes else None
-    place = torch.zeros(0 if moves_planes else outputs, step, *grid.size, dtype=dtype, device=x.device)
-    for a in range(0, batch, step):
-        part = slice(a, min(a + step, batch))
-        count = part.stop - a
-        if landing is not None:
-            landing.fill(y[part])
-            for phase, plane in planes.items():
-                plane.fill(_phase(x[part], phase, rows, columns))
-            moves = [
-                (total[i, j], landing, planes[row.phase, column.phase], (row.offset, column.offset))
-                for i, row in enumerate(rows.taps)
-                for j, column in enumerate(columns.taps)
-            ]
-            _add_moved(moves, count)
-            continue
-        place[:, :count, : rows.outputs, : columns.outputs] = y[part].transpose(0, 1)
-        left = place[:, :count].reshape(outputs, -1)
-        for phase, plane in planes.items():
-            plane.fill(_phase(x[part], phase, rows, columns))
-        for i, row in enumerate(rows.taps):
-            for j, column in enumerate(columns.taps):
-                plane = planes[row.phase, column.phase]
-                right = plane.pixels((row.offset, column.offset), left.shape[1])
-                add_products(total[i, j], left, right.T)
-    result = total.permute(3, 0, 1, 2).reshape(channels * window.taps, outputs)
+    every: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    sums = _cross_sums(x, y, rows, columns, [(row, column, every) for row in rows.taps for column in columns.taps])
+    result = sums.permute(2, 0, 1).reshape(x.shape[1] * window.taps, y.shape[1])
     return torch.cat([result, y.sum((0, 2, 3), dtype=torch.float64)[None]]) if ones else result
 
 
@@ -334,6 +306,19 @@ class _Tap:
     offset: int
 
 
+class _Reading(Protocol):
+    """What outputs read along an axis."""
+
+    @property
+    def stride(self) -> int: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def taps(self) -> tuple[_Tap, ...]: ...
+    @property
+    def longest(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class _Axis:
     length: int
@@ -416,7 +401,7 @@ class _Plan:
         width *= self.columns.kernel
         unfolding = positions * width * (_PER_NUMBER + _PER_MULTIPLY * width / 2)
         calls = len(self.terms) * -(-images // self.grid.images(PIXELS))
-        shifting = images * self.pixels * channels * (0.1 * _PER_NUMBER + 1.5 * _PER_MULTIPLY * channels)
+        shifting = images * self.pixels * channels * (0.05 * _PER_NUMBER + 1.5 * _PER_MULTIPLY * channels)
         return shifting + _PER_CALL * calls < unfolding
 
 
@@ -461,7 +446,7 @@ class _Grid:
     dx: int
 
     @classmethod
-    def for_cross(cls, rows: _Axis, columns: _Axis) -> _Grid:
+    def for_cross(cls, rows: _Reading, columns: _Reading) -> _Grid:
         """A grid on which output positions stand, shifted by every tap's offset."""
         size, reach = [], []
         for axis in (rows, columns):
@@ -505,15 +490,75 @@ class _Plane:
         return self.flat[start : start + count]
 
 
-def _phases(rows: _Axis, columns: _Axis) -> list[Pair]:
+def _phases(rows: _Reading, columns: _Reading) -> list[Pair]:
     return sorted({(row.phase, column.phase) for row in rows.taps for column in columns.taps})
 
 
-def _phase(x: Tensor, phase: Pair, rows: _Axis, columns: _Axis) -> Tensor:
+def _phase(x: Tensor, phase: Pair, rows: _Reading, columns: _Reading) -> Tensor:
     return x[:, :, phase[0] :: rows.stride, phase[1] :: columns.stride]
 
 
 # --- multiplying ----------------------------------------------------------------------------------------------
+
+
+def _cross_sums(
+    x: Tensor,
+    y: Tensor,
+    rows: _Reading,
+    columns: _Reading,
+    wanted: Sequence[tuple[_Tap, _Tap, tuple[tuple[int, ...], tuple[int, ...]]]],
+) -> Tensor:
+    """[len(wanted), Q, C], float64: for a tap of each axis the sum over outputs of y times the pixel that they read.
+
+    Without those outputs that lie in one of the rows or columns named after the taps.
+    """
+    dtype, (batch, channels), outputs = _precision(x, y), x.shape[:2], y.shape[1]
+    total = torch.zeros(len(wanted), outputs, channels, dtype=torch.float64, device=x.device)
+    tiles = _moves_planes(total, dtype)
+    # What stands right is read in whole lines by the compiled tiles: the wider one.
+    wide = tiles and outputs > channels and not gpu.runs_triton(x.device, dtype)
+    total = total.new_zeros(len(wanted), channels, outputs) if wide else total
+    grid = _Grid.for_cross(rows, columns)
+    step = min(grid.images(_pixels(x.device, dtype)), max(1, batch))
+    planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in _phases(rows, columns)}
+    landings = {missed: grid.planes(step, outputs, x.device, dtype) for *_, missed in wanted} if tiles else {}
+    place = torch.zeros(0 if tiles else outputs, step, *grid.size, dtype=dtype, device=x.device)
+    for a in range(0, batch, step):
+        part = slice(a, min(a + step, batch))
+        count = part.stop - a
+        for phase, plane in planes.items():
+            plane.fill(_phase(x[part], phase, rows, columns))
+        for missed, landing in landings.items():
+            landing.fill(_without(y[part], missed))
+        if tiles:
+            moves = []
+            for at, (row, column, missed) in enumerate(wanted):
+                landing, plane = landings[missed], planes[row.phase, column.phase]
+                if wide:
+                    moves.append((total[at], plane, landing, (-row.offset, -column.offset)))
+                else:
+                    moves.append((total[at], landing, plane, (row.offset, column.offset)))
+            _add_moved(moves, count)
+            continue
+        lefts: dict[object, Tensor] = {}
+        for at, (row, column, missed) in enumerate(wanted):
+            if missed not in lefts:
+                place[:, :count, : rows.outputs, : columns.outputs] = _without(y[part], missed).transpose(0, 1)
+                lefts[missed] = place[:, :count].reshape(outputs, -1).clone()
+            left = lefts[missed]
+            right = planes[row.phase, column.phase].pixels((row.offset, column.offset), left.shape[1])
+            add_products(total[at], left, right.T)
+    return total.mT if wide else total
+
+
+def _without(y: Tensor, missed: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    """y [B, Q, Ho, Wo] with zeros in these rows and columns."""
+    if not any(missed):
+        return y
+    y = y.clone()
+    y[:, :, list(missed[0])] = 0.0
+    y[:, :, :, list(missed[1])] = 0.0
+    return y
 
 
 def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> None:

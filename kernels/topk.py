@@ -3,7 +3,8 @@
     subspace    a random block, multiplied by P P^T a few times: 40 times less work than a full SVD at 8 of 1,024.
                 Right when the spectrum decays; how right is measured (the residual P V - U s), and where it is not
                 good enough after more rounds (a flat spectrum) the next route is taken, and the note says so
-    gram        eigenvectors of the smaller of P^T P and P P^T
+    gram        the last eigenvectors of the smaller of P^T P and P P^T; the first route where that one is small,
+                unless its eigenvalues span more than its digits
     svd         everything; for small matrices, many vectors, or k-th values too small for a Gram matrix
 
 Vectors come with a free sign (and a free rotation inside equal singular values), always the same for the same P.
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
-from irgrow.kernels.outer import row_products
+from irgrow.kernels.outer import accumulate_gram, row_products
 
 TOLERANCE = 1e-3  # residual |P v - s u| relative to s; the energy that is missed goes with its square
 _SMALL = 128  # a full SVD of such a side takes less than the checks
-_ROUNDS = (4, 4, 8)  # of subspace iteration before each check
+_THIN = 256  # up to this side, a Gram matrix and its last eigenvectors take less than iterating on a longer side
+_ROUNDS = (3, 5, 8)  # of subspace iteration before each check
 _NEGLIGIBLE = 1e-12  # relative to the largest value: zero, for a residual
 _GRAM_LIMIT = 1e-3  # a Gram matrix squares values: smaller ones than this lose more than half of their digits
 
@@ -69,10 +72,17 @@ def top_singular(P: Tensor, k: int, *, seed: int = 0, tolerance: float = TOLERAN
     width = 2 * k + 8
     if smaller <= _SMALL or 3 * width > smaller or largest == 0.0 or k == 0:
         return _by_svd(P, k, "small, or most of the spectrum wanted: full SVD")
+    if smaller <= _THIN and 2 * smaller <= max(P.shape):
+        thin = _by_gram(P, k, f"only {smaller} on the shorter side")
+        if thin is not None:
+            return thin
     found, residual = _by_iteration(P, k, width, seed, tolerance)
     if residual <= tolerance:
         return found
-    return _by_gram(P, k, f"subspace iteration left a residual of {residual:.1e} (a flat spectrum)")
+    why = f"subspace iteration left a residual of {residual:.1e} (a flat spectrum)"
+    if (flat := _by_gram(P, k, why)) is not None:
+        return flat
+    return _by_svd(P, k, f"{why}, and the values span too much for a Gram matrix: full SVD")
 
 
 def top_singular_cost(p: int, q: int, k: int) -> tuple[int, int]:
@@ -111,15 +121,27 @@ def _orthonormal(rows: Tensor) -> Tensor:
     return torch.linalg.qr(rows.mT).Q.mT
 
 
-def _by_gram(P: Tensor, k: int, why: str) -> TopK:
+def _by_gram(P: Tensor, k: int, why: str) -> TopK | None:
+    """None where the k-th value is too small for a matrix of squares."""
     tall = P.shape[0] >= P.shape[1]
     P = P if tall else P.mT
-    values, vectors = torch.linalg.eigh(P.mT @ P)
-    s, V = values.flip(0)[:k].clamp(min=0.0).sqrt(), vectors.flip(1)[:, :k]
+    values, vectors = _last_eigenvectors(P, k)
+    s, V = values.flip(0).clamp(min=0.0).sqrt(), vectors.flip(1)
     if float(s[-1]) <= _GRAM_LIMIT * float(s[0]):
-        return _by_svd(P if tall else P.mT, k, f"{why}, and the values span too much for a Gram matrix: full SVD")
+        return None
     U = (P @ V) / s
     return TopK(*((U, s, V) if tall else (V, s, U)), "gram", f"{why}: eigenvectors of the Gram matrix")
+
+
+def _last_eigenvectors(P: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues of P^T P, ascending, and their vectors: on a CPU without the other ones."""
+    n = P.shape[1]
+    if P.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(P.mT @ P)
+        return values[n - k :], vectors[:, n - k :]
+    gram = accumulate_gram(P.new_zeros(n, n), P)  # its upper triangle
+    found = scipy.linalg.eigh(gram.numpy(), lower=False, subset_by_index=(n - k, n - 1), check_finite=False)
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 
 def _by_svd(P: Tensor, k: int, note: str) -> TopK:

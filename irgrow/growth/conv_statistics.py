@@ -27,6 +27,7 @@ from irgrow.growth.moments import Sums
 from irgrow.growth.windows import Windows
 from irgrow.kernels.outer import accumulate
 from irgrow.kernels.patches import patch_cross
+from irgrow.kernels.patches_through import through_cross
 
 MEMORY = 1 << 26  # numbers held at once, about
 PER_MULTIPLY = 0.03  # what a multiply-add costs beside a number read or written
@@ -42,15 +43,13 @@ def add_image_moments(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, 
             fed = {target.name: _flat_feeding(target, values)} if {"S_in", "M"} & want else {}
             sums.add_targets(fed, {n: v.flatten(1) for n, v in g.items() if n == target.name})
     direct = _direct(sums)
-    if "S" in want and direct:
-        entry = geometry.entries[0]
-        assert entry.windows is not None
-        sums.patches("S", values[entry.source], entry.windows, sums.bias)
+    if "S" in want and direct is not None:
+        sums.patches("S", values[geometry.entries[0].source], direct, sums.bias)
     if "M_prev" in want:
         _add_products(sums, "M_prev", values, g, 1.0)
-    if ("S" in want and not direct) or "C" in want:
+    if ("S" in want and direct is None) or "C" in want:
         for part in _parts(sums, values):
-            _add_unfolded(sums, {n: v[part] for n, v in values.items()}, direct)
+            _add_unfolded(sums, {n: v[part] for n, v in values.items()}, direct is not None)
 
 
 def add_image_residual(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor]) -> None:
@@ -140,11 +139,33 @@ def _add_products(sums: Sums, name: str, values: Mapping[str, Tensor], g: Mappin
             here = {n: v[part] for n, v in values.items()}
             if way.windows is None:
                 product, by = _flattened_product(sums, way, here, g[way.target][part]), "accumulate"
+            elif not sums.geometry.steps and not sums.geometry.centres:
+                product, by = _through_product(sums, way, here, g[way.target][part]), "through_cross"
             elif _spreading_pays(sums, way):
                 product, by = _spread_product(sums, way, here, g[way.target][part]), "patch_cross"
             else:
                 product, by = _read_product(sums, way, here, g[way.target][part]), "accumulate"
             sums.put(name, sign * product, columns=columns, by=by)
+
+
+def _through_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
+    """`[F, O * taps]` for a convolution that leaves where others enter: two windows in a row."""
+    assert way.windows is not None
+    geometry, outer = sums.geometry, way.windows.kernel_window
+    rows, constant = [], g.new_zeros(way.block.width, dtype=torch.float64)
+    for entry in geometry.entries:
+        assert entry.windows is not None
+        if entry.group != way.group:
+            rows.append(g.new_zeros(entry.block.width, way.block.width, dtype=torch.float64))
+            continue
+        product = through_cross(values[entry.source], entry.windows.kernel_window, g, outer, tap=way.block.tap)
+        rows.append(product[:-1])
+        constant = product[-1]
+    if sums.bias:
+        biased = geometry.biased or (geometry.entries[0].group,)
+        rows.append((constant if way.group in biased else torch.zeros_like(constant))[None])
+    scale = (geometry.slopes[way.group] or 1.0) / (geometry.slope or 1.0)
+    return torch.cat(rows) * scale
 
 
 def _spread_product(sums: Sums, way: Exit, values: Mapping[str, Tensor], g: Tensor) -> Tensor:
@@ -248,13 +269,16 @@ def _features(sums: Sums, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- parts -------------------------------------------------------------------------------------------------------
 
 
-def _direct(sums: Sums) -> bool:
-    """Whether S is the Gram matrix of plain patches: one entry, left where it is entered."""
+def _direct(sums: Sums) -> Windows | None:
+    """The windows whose patches have S for Gram matrix, if there is one entry, left where it is entered."""
     geometry = sums.geometry
     if len(geometry.entries) != 1 or geometry.steps or len(geometry.places) != 1 or geometry.centres:
-        return False
-    entry, (exit, windows) = geometry.entries[0], geometry.places[0]
-    return entry.group == exit and windows is None and geometry.slopes[exit] in (geometry.slope, 0.0)
+        return None
+    entry, (exit, picked) = geometry.entries[0], geometry.places[0]
+    if entry.group != exit or entry.windows is None or geometry.slopes[exit] not in (geometry.slope, 0.0):
+        return None
+    hidden, image = (geometry.network.groups[name].shape[1:] for name in (exit, entry.source))
+    return entry.windows if picked is None else entry.windows.at(picked, (hidden[0], hidden[1]), (image[0], image[1]))
 
 
 def _patch_cross(x: Tensor, y: Tensor, w: Windows) -> Tensor:

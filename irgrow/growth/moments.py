@@ -33,9 +33,8 @@ class Sums:
 
     def __post_init__(self) -> None:
         want = set(self.want)
-        if "N" in want:  # from C where that is small, else measured in a second run
-            want |= {"M_prev", "S_in", "M"}
-            want |= {"C"} if self.geometry.flat or all(e.block.taps == 1 for e in self.geometry.exits) else set()
+        if "N" in want:  # from C of flat sites; for images it costs more than a second run, which measures N
+            want |= {"M_prev", "S_in", "M"} | ({"C"} if self.geometry.flat else set())
         self.twice = "N" in want and "C" not in want
         self.want = frozenset(want - {"N"})
 

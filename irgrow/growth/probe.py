@@ -21,6 +21,7 @@ from irgrow.growth.data import Data, Loss
 from irgrow.growth.data import batches as cut
 from irgrow.growth.geometry import Geometry
 from irgrow.growth.moments import Sums
+from irgrow.growth.waiting import Waiting
 from irgrow.ir.errors import BadData, UnknownName
 from irgrow.ir.network import Network
 from irgrow.ir.pattern import Sparse
@@ -143,6 +144,7 @@ class Gathering:
             bias = bool(geometry.biased) if self.bias_row is None else self.bias_row
             want = {*self.want, "C"} if self.single_run and "N" in self.want else set(self.want)
             self.sums[name] = Sums(geometry, bias, frozenset(want))
+        self._rows = Waiting()
         self._waiting: tuple[dict[str, Tensor], dict[str, Tensor], int] | None = None
 
     @property
@@ -245,7 +247,11 @@ class Gathering:
                 raise BadData(f"group {name!r}: gradient", "NaN or infinity", "finite values", do="check the loss")
         per_sample = {name: g * scale for name, g in gradients.items()}
         held = {name: value.detach() for name, value in values.items()}
+        if any(_waits(sums) for sums in self._active):
+            self._later(held, per_sample, count)
         for sums in self._active:
+            if _waits(sums):
+                continue
             if sums.geometry.flat:
                 add_flat_moments(sums, held, per_sample, count)
             elif sums.move is None:
@@ -254,8 +260,36 @@ class Gathering:
                 add_image_residual(sums, held, per_sample)
         self.n += 0 if self.second else count
 
+    def _later(self, values: dict[str, Tensor], gradients: dict[str, Tensor], count: int) -> None:
+        """Adds a batch to the sites whose samples are independent rows, once there are enough rows for a product."""
+        sites = [sums for sums in self._active if _waits(sums)]
+        targets = {t.name for sums in sites for t in sums.geometry.targets}
+        sources = {e.source for sums in sites for e in sums.geometry.entries}
+        sources |= {f.source for sums in sites for t in sums.geometry.targets for f in t.feeding}
+        rows = {("value", name): value for name, value in values.items() if name in sources}
+        rows |= {("gradient", name): value for name, value in gradients.items() if name in targets}
+        if not self._rows.fits(count):
+            self._catch_up()
+        if self._rows.fits(count):
+            self._rows.put(rows, count)
+        else:
+            self._add_rows(rows, count)
+
+    @torch.no_grad()
+    def _catch_up(self) -> None:
+        """No batch waits any more."""
+        if self._rows.count:
+            self._add_rows(*self._rows.take())
+
+    def _add_rows(self, rows: dict[tuple[str, str], Tensor], count: int) -> None:
+        values, gradients = ({n: v for (k, n), v in rows.items() if k == kind} for kind in ("value", "gradient"))
+        for sums in self.sums.values():
+            if _waits(sums):
+                add_flat_moments(sums, values, gradients, count)
+
     def explain(self) -> str:
         """Which kernel made each moment of each site, by which route, and how many products it took: as counted."""
+        self._catch_up()
         lines = [f"{self.n} samples"]
         for name, sums in self.sums.items():
             lines.append(f"{name}:")
@@ -267,13 +301,14 @@ class Gathering:
         """The means so far; BadData if no sample was added."""
         if self.n == 0 and self.want:
             raise BadData("probe: data", "no samples", "at least one")
+        self._catch_up()
         return {name: self._statistics(name, sums) for name, sums in self.sums.items()}
 
     def _statistics(self, name: str, sums: Sums) -> Statistics:
         geometry = sums.geometry
-        moments = {k: sums.total(k) / self.n for k in sums.want}
+        moments = {k: sums.total(k).div_(self.n) for k in sums.want}
         if sums.move is not None:
-            moments["residual"] = sums.total("N") / self.n
+            moments["residual"] = sums.total("N").div_(self.n)
         return Statistics(
             name,
             self.network.structure,
@@ -290,6 +325,11 @@ class Gathering:
             fan_out_norm=fan_out_norm(geometry),
             notes=geometry.notes,
         )
+
+
+def _waits(sums: Sums) -> bool:
+    """Whether batches may be joined: flat, and no norm of the site takes its mean from the batch."""
+    return sums.geometry.flat and not sums.geometry.centres
 
 
 def add_flat_moments(sums: Sums, values: Mapping[str, Tensor], g: Mapping[str, Tensor], count: int) -> None:

@@ -48,6 +48,21 @@ class Windows:
         )
         return h, w
 
+    def at(self, picked: Windows, hidden: Pair, image: Pair) -> Windows | None:
+        """The windows that make, of an image, the outputs that the centre tap of `picked` reads of `hidden`.
+
+        None where the tap reads padding, or where windows with a padding of 0 or more do not make just those.
+        """
+        positions = picked.output(hidden)
+        taps = divmod(picked.centre, picked.kernel[1])
+        start = [k * d - p for k, d, p in zip(taps, picked.dilation, picked.padding, strict=True)]
+        last = [a + (n - 1) * s for a, n, s in zip(start, positions, picked.stride, strict=True)]
+        py, px = (p - a * s for p, a, s in zip(self.padding, start, self.stride, strict=True))
+        sy, sx = (a * b for a, b in zip(self.stride, picked.stride, strict=True))
+        found = Windows(self.kernel, (sy, sx), (py, px), self.dilation)
+        inside = min(start) >= 0 and all(b < n for b, n in zip(last, hidden, strict=True))
+        return found if inside and min(py, px) >= 0 and found.output(image) == positions else None
+
     def unfold(self, x: Tensor) -> Tensor:
         """Patches `[B, C * taps, positions]` of images `[B, C, H, W]`, channels slowest (as weights are flattened)."""
         return F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)

@@ -105,7 +105,7 @@ class Statistics:
                     f"{name} measured",
                     do=f"probe with want including {name!r}",
                 )
-            if not bool(torch.isfinite(value).all()):
+            if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
                 raise BadData(
                     f"statistics of site {self.site!r}: {name}", "NaN or infinity", "finite values",
                     do="check the data and the loss for NaN",
@@ -165,7 +165,7 @@ class Statistics:
             width = c.stop - c.start
             held = self.C[:, column : column + block.taps * width].reshape(features, block.taps, width)
             column += block.taps * width
-            left.append(torch.einsum("btc,gc->bgt", held, self.best_move[g, c]).reshape(features, block.width))
+            left.append((held @ self.best_move[g, c].mT).mT.reshape(features, block.width))
         return -self.M_prev - torch.cat(left, 1)
 
     def __add__(self, other: Statistics) -> Statistics:

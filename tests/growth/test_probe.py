@@ -270,3 +270,18 @@ def test_explain_counts_the_kernels_that_ran(network, places, monkeypatch) -> No
     monkeypatch.setattr(door, "compiled", lambda: None)  # the control: without the compiled code it says so
     told = explained()
     assert "by products" in told and "tiles" not in told and not ran, told
+
+
+def test_explain_names_the_kernels_of_image_sites() -> None:
+    b = ig.Builder(seed=0)
+    b.input("input", (2, 6, 6))
+    b.group("hidden", (3, 6, 6), activation="relu", bias=True)
+    b.connect("input", "hidden", ig.Conv2d((3, 3), (1, 1), (1, 1)))
+    b.output("output", (2, 6, 6), bias=True)
+    b.connect("hidden", "output", ig.Conv2d((3, 3), (1, 1), (1, 1)))
+    network = b.build()
+    gathering = Gathering(network, ["hidden"], want=("S", "M_prev", "M"))
+    gathering.run(ig.compile(network), (torch.randn(4, 2, 6, 6),), torch.zeros(4), lambda o, t: o.square().mean())
+    told = gathering.explain()
+    for moment, kernel in (("S", "PatchGram, "), ("M_prev", "through_cross by "), ("M", "patch_cross by ")):
+        assert f"  {moment:<7} {kernel}" in told, told

@@ -77,6 +77,18 @@ def test_flat_spectra_fall_back_and_say_so(shape):
     assert residual > topk.TOLERANCE and energy(rough, P) < 0.9999
 
 
+@pytest.mark.parametrize("shape", [(785, 256), (140, 900)])
+def test_thin_matrices_go_by_their_gram_matrix(shape):
+    for P in (matrix(*shape), with_spectrum(*shape, index(min(shape)).rsqrt())):
+        found = top_singular(P, 16)
+        assert found.route == "gram" and "on the shorter side" in found.note
+        check(found, P, 1e-9)
+    steep = with_spectrum(*shape, torch.exp(-index(min(shape))))  # exp(-16): nothing is left of its square
+    found = top_singular(steep, 16)
+    assert found.route == "subspace"
+    check(found, steep, topk.TOLERANCE)
+
+
 def test_flat_with_a_cliff_goes_by_a_full_svd():
     s = torch.cat([torch.ones(1), 1e-5 * torch.linspace(1, 0.5, 299)]).double()
     P = with_spectrum(300, 300, s)
