@@ -65,7 +65,7 @@ SHAPES = [
     (1, 1, 3, 3, False, True),
     (2, 14, 4, 7, True, False),
     (3, 9, 0, 9, False, True),
-    (4, 12, 6, 17, True, True),
+    pytest.param((4, 12, 6, 17, True, True), marks=pytest.mark.slow),
 ]
 LARGE = [(5, 300, 20, 65, False, True), (6, 2000, 64, 257, True, False), (7, 700, 5, 2050, False, False)]
 
@@ -350,6 +350,7 @@ def test_the_registered_step_satisfies_torch(device: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_compiled_it_is_one_opaque_call(device: str) -> None:
     p = region(17, 6, codes=SMOOTH)
     x, w, b, _ = operands(p, 2, torch.float64, device)
