@@ -74,13 +74,10 @@ def bars(path: Path, title: str, heights: Mapping[str, Sequence[float]], *, y: s
 
 def panel_row(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, count, figsize=(5.6 * count, 3.9), squeeze=False, layout="constrained")
-    return figure, list(axes[0])
+    figure = Figure(figsize=(5.6 * count, 3.9), layout="constrained")  # not by pyplot, which would keep it
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def finish(
@@ -102,9 +99,6 @@ def finish(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """The figure is written, always the same bytes for the same content, and closed."""
-    from matplotlib import pyplot
-
+    """The figure is written, always the same bytes for the same content."""
     options: dict[str, Any] = {"metadata": {"Software": None}} if path.suffix == ".png" else {}
     figure.savefig(path, dpi=110, **options)
-    pyplot.close(figure)
