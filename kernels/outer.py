@@ -294,15 +294,6 @@ def route(device: torch.device | str = "cpu") -> tuple[str, str]:
     return "tiles", "compiled: one packing per operand, the triangle of symmetric sums, float64 added from registers"
 
 
-def pack(blocks: Sequence[Tensor], dtype: torch.dtype, *, ones: bool = False, slot: int = 0) -> Packed:
-    """The blocks [samples, width] side by side, packed; with `ones` a constant 1 last.
-
-    The memory is this thread's: packing into the same slot again overwrites it. (New memory costs more to map than
-    to fill.)
-    """
-    return _pack_rows(blocks, slice(0, len(blocks[0])), ones, dtype, slot)
-
-
 def add_packed(out: Tensor, left: Packed, right: Packed, *, scale: float = 1.0, symmetric: bool = False) -> None:
     """`out` has grown by scale * sum over samples of left right^T; with `symmetric` on and above its diagonal only.
 
@@ -375,9 +366,6 @@ def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0
     one go, and loses 2e-6 over 4,000 samples.
     """
     (p, n), q = left.shape, len(right)
-    if left.dtype == right.dtype and by_tiles(out, left.dtype):
-        add_packed(out, pack([left.T], left.dtype), pack([right.T], left.dtype, slot=1), scale=scale)
-        return
     pieces = n // _PIECE
     if left.dtype == torch.float32 and pieces > 1 and p * q < _SMALL and not _suits_onednn(left, p * q * n):
         whole = pieces * _PIECE

@@ -29,8 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irgrow.kernels import gpu
-from irgrow.kernels.outer import Packed, accumulate, accumulate_gram, add_packed, add_products, by_tiles, mirror, pack
-from irgrow.kernels.shared import share
+from irgrow.kernels.outer import accumulate, accumulate_gram, add_products, mirror
 
 Pair = tuple[int, int]
 PIXELS = 8192  # per float32 product
@@ -515,9 +514,6 @@ def _cross_sums(
     dtype, (batch, channels), outputs = _precision(x, y), x.shape[:2], y.shape[1]
     total = torch.zeros(len(wanted), outputs, channels, dtype=torch.float64, device=x.device)
     tiles = _moves_planes(total, dtype)
-    # What stands right is read in whole lines by the compiled tiles: the wider one.
-    wide = tiles and outputs > channels and not gpu.runs_triton(x.device, dtype)
-    total = total.new_zeros(len(wanted), channels, outputs) if wide else total
     grid = _Grid.for_cross(rows, columns)
     step = min(grid.images(_pixels(x.device, dtype)), max(1, batch))
     planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in _phases(rows, columns)}
@@ -534,10 +530,7 @@ def _cross_sums(
             moves = []
             for at, (row, column, missed) in enumerate(wanted):
                 landing, plane = landings[missed], planes[row.phase, column.phase]
-                if wide:
-                    moves.append((total[at], plane, landing, (-row.offset, -column.offset)))
-                else:
-                    moves.append((total[at], landing, plane, (row.offset, column.offset)))
+                moves.append((total[at], landing, plane, (row.offset, column.offset)))
             _add_moved(moves, count)
             continue
         lefts: dict[object, Tensor] = {}
@@ -548,7 +541,7 @@ def _cross_sums(
             left = lefts[missed]
             right = planes[row.phase, column.phase].pixels((row.offset, column.offset), left.shape[1])
             add_products(total[at], left, right.T)
-    return total.mT if wide else total
+    return total
 
 
 def _without(y: Tensor, missed: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
@@ -601,7 +594,7 @@ def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> Non
 
 def _moves_planes(sums: Tensor, dtype: torch.dtype) -> bool:
     """Whether products into `sums` are taken from planes alone, by `_add_moved`."""
-    return gpu.runs_triton(sums.device, dtype) or by_tiles(sums, dtype)
+    return gpu.runs_triton(sums.device, dtype)
 
 
 def _pixels(device: torch.device, dtype: torch.dtype) -> int:
@@ -620,37 +613,20 @@ def _add_pairs(pairs: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -
 
 
 def _add_moved(moves: list[tuple[Tensor, _Plane, _Plane, Pair]], images: int) -> None:
-    """Each `out` grows by the sum over pixels p of left(p) right(p + shift)^T: one launch, or every plane packed once.
+    """Each `out` grows by the sum over pixels p of left(p) right(p + shift)^T, all in one launch.
 
     Of a plane with itself at no shift only what is not below the diagonal.
     """
-    grid, flat = moves[0][1].grid, moves[0][1].flat
-    if gpu.runs_triton(flat.device, flat.dtype):
-        from irgrow.kernels.outer_triton import Product, add
+    from irgrow.kernels.outer_triton import Product, add
 
-        count = images * grid.size[0] * grid.size[1]
-        add(
-            [
-                Product(out, left.pixels((0, 0), count), right.pixels(shift, count), left is right and shift == (0, 0))
-                for out, left, right, shift in moves
-            ]
-        )
-        return
-    packed: dict[int, Packed] = {}
-    for _, *both, _ in moves:
-        for plane in both:
-            if id(plane) not in packed:
-                packed[id(plane)] = pack([plane.flat], plane.flat.dtype, slot=len(packed))
-    work = sum(out.numel() for out, *_ in moves) * images * grid.size[0] * grid.size[1]
-
-    def run(first: int, last: int) -> None:
-        for out, left, right, (dy, dx) in moves[first:last]:
-            count = images * left.grid.size[0] * left.grid.size[1]
-            a = packed[id(left)].samples(left.margin, count)
-            b = packed[id(right)].samples(right.margin + dy * right.grid.width + dx, count)
-            add_packed(out, a, b, symmetric=left is right and (dy, dx) == (0, 0))
-
-    share(run, len(moves), work)
+    grid = moves[0][1].grid
+    count = images * grid.size[0] * grid.size[1]
+    add(
+        [
+            Product(out, left.pixels((0, 0), count), right.pixels(shift, count), left is right and shift == (0, 0))
+            for out, left, right, shift in moves
+        ]
+    )
 
 
 class _Strips:
