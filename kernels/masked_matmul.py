@@ -1,7 +1,7 @@
 """y = act(W x + bias) for a matrix W of which only some entries exist; values feature-major [n, B].
 
-    sparse     a walk of one level (walk.py): compressed rows forward, their transpose backward, a dot product per
-               existing entry for the gradient of the values
+    sparse     compiled on the CPU (masked_matmul_cpu.py), Triton on a GPU: compressed rows forward, their transpose
+               backward, a dot product per existing entry for the gradient of the values
     dense      the values are scattered into a full matrix and multiplied; the gradient of the full matrix is formed
                and read at the entries that exist
 
@@ -12,7 +12,7 @@ and torch.compile go through plain torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,14 +21,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from irgrow.kernels import gpu
+from irgrow.kernels import gpu, masked_matmul_cpu
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.graph import compressed_rows, first_duplicate
+from irgrow.kernels.masked_matmul_cpu import Panels, panels
 from irgrow.kernels.outer import row_products
-from irgrow.kernels.walk import WalkPlan, plan, walk
+from irgrow.kernels.shared import LIKE, reference_gradients
+from irgrow.kernels.walk_plan import SLOPE_STORED
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ROUTES = ("auto", "sparse", "dense")
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 # What an entry costs on one core (AVX-512, float32), in nanoseconds: (once, per column of the batch), forward alone
 # and with the backward pass. "dense" is per entry of the full matrix, "scatter" per existing one on the dense route.
@@ -49,6 +52,7 @@ class Mask:
     index: Tensor | None  # [edges] int64: the value of each edge; None: one each, in order
     repeats: bool  # whether an entry has several edges, whose values add up
     compressed: tuple[Array, Array, Array]  # pointer [rows + 1]; column and index of each edge, by row
+    spare: list[Tensor] = field(default_factory=list, repr=False)  # memory that serves one call after the other
     _made: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -68,15 +72,16 @@ class Mask:
         found: tuple[Tensor, Tensor | None] = self._made[device]
         return found
 
-    def plan(self, activation: str, bias: bool) -> WalkPlan:
-        """The same structure as a region of one level."""
-        key = activation, bias
-        if key not in self._made:
+    def panels(self, transposed: bool) -> Panels:
+        """The edges of the matrix, or of its transpose, in the order in which the CPU walks them."""
+        if transposed not in self._made:
             pointer, column, index = self.compressed
-            places = np.arange(self.rows, dtype=np.int32) if bias else -1
-            code = ACTIVATIONS[activation].code
-            self._made[key] = plan(self.columns, pointer, column, code=code, weight=index, bias=places)
-        found: WalkPlan = self._made[key]
+            row = np.repeat(np.arange(self.rows), np.diff(pointer))
+            if transposed:
+                self._made[True] = panels(self.columns, self.rows, column, row, index)
+            else:
+                self._made[False] = panels(self.rows, self.columns, row, column, index)
+        found: Panels = self._made[transposed]
         return found
 
 
@@ -144,7 +149,9 @@ def masked_matmul(
                 f"masked_matmul: the sparse route needs a CPU and numba, or Triton, found {x.device} "
                 f"{'with' if _has_numba() else 'without'} numba; use route='dense'"
             )
-        return walk(mask.plan(activation, bias is not None), x, values, bias)
+        if x.dtype not in LIKE or _differentiated_otherwise() or not {type(t) for t in (x, values, bias)} <= _PLAIN:
+            return masked_matmul_reference(mask, x, values, bias, activation=activation)
+        return _Sparse.apply(mask, x, values, bias, activation)
     if _differentiated_otherwise() or x.device.type != "cpu" or x.dtype != torch.float32:
         return masked_matmul_reference(mask, x, values, bias, activation=activation)
     z = _MaskedDense.apply(mask, x, values)
@@ -180,6 +187,42 @@ def masked_matmul_cost(mask: Mask, batch: int, *, route: str = "sparse", itemsiz
     activations = itemsize * batch * (mask.rows + mask.columns)
     structure = 8 * mask.edges + itemsize * mask.edges if route == "sparse" else itemsize * (2 * entries + mask.edges)
     return 2 * entries * batch, structure + activations
+
+
+# --- the sparse route on a CPU --------------------------------------------------------------------------------
+
+
+class _Sparse(torch.autograd.Function):
+    """act(W x + bias), compiled."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Mask, x: Tensor, values: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        code = ACTIVATIONS[activation].code
+        keep = activation in SLOPE_STORED and any(ctx.needs_input_grad)
+        slopes = x.new_empty(mask.rows, x.shape[1]) if keep else None
+        y = masked_matmul_cpu.forward(mask.panels(False), mask.rows, x, values, bias, code, slopes, mask.spare)
+        ctx.mask, ctx.activation = mask, activation
+        ctx.save_for_backward(x, values, bias, y, slopes)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        mask: Mask = ctx.mask
+        x, values, bias, y, slopes = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
+            found = reference_gradients(partial(_reference, mask, ctx.activation), (x, values, bias), needs, incoming)
+            return None, *found, None
+        code = ACTIVATIONS[ctx.activation].code
+        of, shared = mask.panels(True), mask.index is not None
+        found = masked_matmul_cpu.backward(
+            of, mask.rows, incoming, x, values, y, slopes, code, needs, shared, mask.spare
+        )
+        return None, *found, None
+
+
+def _reference(mask: Mask, activation: str, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    return masked_matmul_reference(mask, x, values, bias, activation=activation)
 
 
 # --- the dense route ------------------------------------------------------------------------------------------

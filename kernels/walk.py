@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from irgrow.kernels import gpu, walk_cpu
-from irgrow.kernels.walk_cpu import LIKE, Parts, backward, forward, pitch_of, sizes
+from irgrow.kernels.shared import LIKE, reference_gradients
+from irgrow.kernels.walk_cpu import Parts, backward, forward, pitch_of, sizes
 from irgrow.kernels.walk_plan import MAX, SUM, Rows, WalkPlan, parts_of, plan
 from irgrow.kernels.walk_reference import Vector, joined, walk_reference
 
@@ -53,31 +54,13 @@ def _reference_gradients(
     biases: Parts | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by differentiating the reference; themselves differentiable where gradients are enabled.
+    """The gradients by differentiating the reference, in the order inputs, offset, every weight, every bias."""
 
-    In the order inputs, offset, every weight, every bias: those that `needs` asks for.
-    """
-    create_graph = torch.is_grad_enabled()
-    operands = (inputs, offset, *weights, *(biases or ()))
-    with torch.enable_grad():
-        # An alias per operand, so that one operand's own dependence on another is not counted here.
-        if create_graph:
-            aliases = [None if t is None else t.view_as(t) for t in operands]
-        else:
-            aliases = [None if t is None else t.detach() for t in operands]
-        wanted = [a for a, need in zip(aliases, needs, strict=True) if need and a is not None]
-        for a in wanted:
-            if not a.requires_grad:
-                a.requires_grad_()
-        x, added, *vectors = aliases
+    def reference(x: Tensor, added: Tensor | None, *vectors: Tensor) -> Tensor:
         w, b = vectors[: len(weights)], vectors[len(weights) :]
-        values = walk_reference(plan, x, w, None if biases is None else b, added)  # type: ignore[arg-type]
-        found = iter(
-            torch.autograd.grad(
-                values, wanted, incoming, create_graph=create_graph, allow_unused=True, materialize_grads=True
-            )
-        )
-    return tuple(next(found) if need and a is not None else None for a, need in zip(aliases, needs, strict=True))
+        return walk_reference(plan, x, w, None if biases is None else b, added)
+
+    return reference_gradients(reference, (inputs, offset, *weights, *(biases or ())), needs, incoming)
 
 
 class _Walk(torch.autograd.Function):

@@ -9,23 +9,20 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from irgrow.kernels.shared import LIKE, put_back, spare, threads
 from irgrow.kernels.walk_plan import Rows, WalkPlan
 
 _LINE_BYTES = 64  # lanes.py
 _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
 _WORK_PER_THREAD = 6_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
-LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}  # what the compiled code runs for
 _TILE_BYTES = 256  # of each row in a tile: the fewest with which a line of sums is held four times in registers
-_SPARE_BYTES = 2**24  # of memory that a plan keeps between calls, at most
 Parts = tuple[Tensor, ...]
 
 
@@ -62,7 +59,7 @@ def forward(
     length = 0 if direct else _length(weights)
     total = cells + length + _length(biases)
     # What nobody will see lies in the memory of the call before, still in the cache.
-    buffer = inputs.new_empty(total) if rows is None or keep else _spare(plan, total, inputs)
+    buffer = inputs.new_empty(total) if rows is None or keep else spare(plan.spare, total, inputs)
     start = buffer.data_ptr()
     if direct:
         table, held_weights = _table(weights, size)
@@ -116,7 +113,7 @@ def forward(
     _in_slices(walk_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
     del held_weights, held_biases
     if rows is not None and not keep:
-        _put_back(plan, buffer)
+        put_back(plan.spare, buffer)
     return out, buffer, slopes
 
 
@@ -161,20 +158,6 @@ def _plain(part: Tensor) -> Tensor:
     return part.resolve_neg().contiguous()
 
 
-def _spare(plan: WalkPlan, length: int, like: Tensor) -> Tensor:
-    """Memory for so many numbers, from the plan's spare pieces if one is large enough."""
-    try:
-        found: Tensor = plan.spare.pop()
-    except IndexError:
-        return like.new_empty(length)
-    return found if found.numel() >= length and found.dtype == like.dtype else like.new_empty(length)
-
-
-def _put_back(plan: WalkPlan, memory: Tensor) -> None:
-    if memory.numel() * memory.element_size() <= _SPARE_BYTES:
-        plan.spare.append(memory)
-
-
 def backward(
     plan: WalkPlan,
     rows: Rows | None,
@@ -206,7 +189,7 @@ def backward(
             d_offset = gradient.as_strided((plan.neurons, batch), (pitch, 1), (plan.inputs - hidden) * pitch)
         gradient_at = gradient.data_ptr() - hidden * pitch * size
     else:
-        gradient = _spare(plan, plan.rows * min(pitch, _TILE_BYTES // size) * len(slices), buffer)
+        gradient = spare(plan.spare, plan.rows * min(pitch, _TILE_BYTES // size) * len(slices), buffer)
         d_inputs = buffer.new_empty((batch, plan.inputs)).t() if needs[0] else None
         d_offset = buffer.new_empty((plan.neurons, batch)) if needs[3] else None
         gradient_at = gradient.data_ptr()
@@ -253,7 +236,7 @@ def backward(
     _in_slices(sweep_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
     del held
     if rows is not None:
-        _put_back(plan, gradient)
+        put_back(plan.spare, gradient)
     return d_inputs, d_weights.total(), d_biases.total(), d_offset
 
 
@@ -292,10 +275,10 @@ def _slices(plan: WalkPlan, pitch: int, like: Tensor) -> list[tuple[int, int]]:
     """Ranges of batch columns to walk at the same time, of four lines or more: cores fetch lines in pairs."""
     line = _LINE_BYTES // like.element_size()
     blocks = pitch // (4 * line)
-    threads = min(torch.get_num_threads(), plan.edges * pitch // _WORK_PER_THREAD, blocks)
-    if threads <= 1:
+    parts = min(torch.get_num_threads(), plan.edges * pitch // _WORK_PER_THREAD, blocks)
+    if parts <= 1:
         return [(0, pitch)]
-    cuts = [blocks * k // threads * 4 * line for k in range(threads)] + [pitch]
+    cuts = [blocks * k // parts * 4 * line for k in range(parts)] + [pitch]
     return list(pairwise(cuts))
 
 
@@ -309,13 +292,7 @@ def _in_slices(run: Callable[[int, int, int], None], slices: list[tuple[int, int
         for first in range(begin, end, panel):
             run(first, min(first + panel, end), k)
 
-    others = [_threads(os.getpid()).submit(one, k) for k in range(1, len(slices))]
+    others = [threads(os.getpid()).submit(one, k) for k in range(1, len(slices))]
     one(0)
     for other in others:
         other.result()
-
-
-@lru_cache(1)
-def _threads(process: int) -> ThreadPoolExecutor:
-    """Threads that run compiled code beside the caller's. Kept per process: a fork does not inherit threads."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1), thread_name_prefix="irgrow-walk")

@@ -15,8 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from irgrow.kernels import shared, walk_cpu, walk_plan
 from irgrow.kernels import walk as walk_module
-from irgrow.kernels import walk_cpu, walk_plan
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.walk import MAX, SUM, Rows, WalkPlan, cost, parts_of, plan, walk, walk_reference, walk_rows
 
@@ -409,7 +409,7 @@ def test_memory_that_serves_again_is_bounded_and_never_shared() -> None:
     assert len(p.spare) == 1
     walk_rows(p, rows, *(t.double() for t in tensors))
     walk_rows(p, rows, *tensors)
-    assert len(p.spare) == 1 and sum(t.numel() * t.element_size() for t in p.spare) <= walk_cpu._SPARE_BYTES
+    assert len(p.spare) == 1 and sum(t.numel() * t.element_size() for t in p.spare) <= shared._SPARE_BYTES
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
