@@ -16,7 +16,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _LINE_BYTES = 64  # lanes.py
 _TILE_BYTES = 256  # of each row in a tile: four lines
 _PANEL = 128  # rows of x that are read meanwhile: 32 KB of a tile
-_SEGMENT = 6  # edges of a row in a panel, at least, on average: a row of y is fetched and stored for them
+_SEGMENT = 12  # edges of a row in a panel, at least, on average: a row of y is fetched and stored for them
 _BAND = 1024  # rows of y that are summed meanwhile: 256 KB of a tile
 
 

@@ -104,6 +104,9 @@ def _forward(like, operands):
                 if width == 1:
                     seed = seed if opens else y[r]
                     y[r] = gather_one(seed, tile, column, index, w, in_order, start, stop)
+                elif width == LINES * line:  # as a constant
+                    at, full = r * LINES * line, LINES * line
+                    gather(y, at, seed, not opens, tile, full, column, index, w, in_order, start, stop, 0, full)
                 else:
                     at = r * width
                     gather(y, at, seed, not opens, tile, width, column, index, w, in_order, start, stop, 0, width)
@@ -173,6 +176,9 @@ def _backward(like, operands):
                         out[r] = pull_one(seed, dz, child, index, w, start, stop, tile[r], d_weights)
                     else:
                         out[r] = gather_one(seed, dz, child, index, w, False, start, stop)
+                elif d_weights_at != 0 and width == LINES * line:  # as a constant
+                    full = LINES * line
+                    pull(out, at, not opens, dz, full, child, index, w, start, stop, tile, d_weights, 0, full)
                 elif d_weights_at != 0:
                     pull(out, at, not opens, dz, width, child, index, w, start, stop, tile, d_weights, 0, width)
                 else:
