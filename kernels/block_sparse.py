@@ -9,7 +9,6 @@ and torch.compile go through plain torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -20,7 +19,7 @@ from torch.autograd import forward_ad
 
 from irgrow.kernels import gpu
 from irgrow.kernels.activations import ACTIVATIONS
-from irgrow.kernels.shared import LIKE, share
+from irgrow.kernels.shared import COMPILED, share
 from irgrow.kernels.walk_plan import SLOPE_STORED
 
 SIZES = (16, 32, 64)
@@ -129,7 +128,7 @@ def block_sparse_matmul(
     """
     _check(mask, x, values, bias, activation, route)
     if route == "auto":
-        route = choose(mask, x.device)[0] if x.dtype in LIKE or not x.is_cpu else "dense"
+        route = choose(mask, x.device)[0] if x.dtype in COMPILED or not x.is_cpu else "dense"
         route = "dense" if not x.is_cpu and x.dtype == torch.float64 else route
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if route == "blocks" and gpu.runs_triton(x.device, x.dtype) and x.dtype != torch.float64:
@@ -138,7 +137,7 @@ def block_sparse_matmul(
 
             return Blocks.apply(mask, x, values, bias, activation)
     elif route == "blocks":
-        if not x.is_cpu or x.dtype not in LIKE or _compiled() is None:
+        if not x.is_cpu or x.dtype not in COMPILED or _compiled() is None:
             raise RuntimeError(
                 f"block_sparse_matmul: the route 'blocks' needs a CPU, numba and float32 or float64 "
                 f"(with Triton: a GPU and no float64), found {x.device}, "
@@ -201,7 +200,7 @@ class _Blocks(torch.autograd.Function):
         d_bias = values.new_empty(mask.rows) if needs[2] else None
         g = incoming if incoming.stride(1) == 1 or batch < 2 else incoming.contiguous()
         fixed = (g.data_ptr(), g.stride(0), dz.data_ptr(), y.data_ptr(), _address(slopes), y.shape[1], _address(d_bias))
-        _share(_compiled().differentiate, x, (*fixed, code, batch), mask.rows, mask.rows * batch)
+        share(_compiled().differentiate, x.dtype, (*fixed, code, batch), mask.rows, mask.rows * batch)
         d_x, d_values = None, None
         if needs[0]:
             d_x = torch.empty_like(padded)
@@ -212,7 +211,7 @@ class _Blocks(torch.autograd.Function):
             blocks = (mask.row.data_ptr(), mask.column.data_ptr(), mask.size, dz.data_ptr(), padded.data_ptr())
             pitch = padded.shape[1]
             work = mask.blocks * mask.size**2 * pitch
-            _share(_compiled().gradients, x, (*blocks, pitch, pitch, d_values.data_ptr()), mask.blocks, work)
+            share(_compiled().gradients, x.dtype, (*blocks, pitch, pitch, d_values.data_ptr()), mask.blocks, work)
         return None, d_x, d_values, d_bias, None
 
 
@@ -237,13 +236,7 @@ def _multiply(
     fixed: tuple[int, ...] = (*structure, values.data_ptr(), size, *strides, x.data_ptr(), pitch, y.data_ptr(), pitch)
     tiles = -(-pitch * x.element_size() // (2 * _LINE_BYTES))
     fixed = (*fixed, _address(bias), code, _address(slopes), block_rows)
-    _share(_compiled().multiply, x, fixed, tiles * block_rows, mask.blocks * size**2 * pitch)
-
-
-def _share(kernel: Callable[..., Any], like: Tensor, fixed: tuple[int, ...], items: int, work: int) -> None:
-    """kernel(like, (*fixed, first, last)) for ranges of the items."""
-    number = LIKE[like.dtype]
-    share(lambda first, last: kernel(number, (*fixed, first, last)), items, work)
+    share(_compiled().multiply, x.dtype, fixed, tiles * block_rows, mask.blocks * size**2 * pitch)
 
 
 def _in_lines(x: Tensor) -> Tensor:

@@ -10,20 +10,17 @@ calls may run at once, and how the tiles are shared out changes no bit of the re
 
 from __future__ import annotations
 
-import inspect
 import sys
-import zlib
-from typing import Any
 
-from numba import int32, njit, types
+from numba import int32, types
 
 from irgrow.kernels import activations_numba, lanes, tiles
 from irgrow.kernels.activations_numba import activate, chain, compiled, store_slopes, stores_slope
+from irgrow.kernels.entry import Entry, entry, fingerprint, words
 from irgrow.kernels.lanes import add, constant, lanes_of, load, pointer, splat, store, total, totals
 from irgrow.kernels.tiles import ROWS, dots, grow_one, grow_two
 
-_FILES = (activations_numba, lanes, tiles, sys.modules[__name__])
-SOURCES = zlib.crc32("".join(inspect.getsource(file) for file in _FILES).encode())
+SOURCES = fingerprint(activations_numba, lanes, tiles, sys.modules[__name__])
 
 
 # --- what they are for ----------------------------------------------------------------------------------------
@@ -129,26 +126,31 @@ def _gradients(like, operands):
 # --- entry points ---------------------------------------------------------------------------------------------
 
 
-def _entry_points(sources: int) -> tuple[Any, ...]:
-    """The functions Python calls: a number of the floating type that the addresses hold, and a tuple of integers."""
-    entry: Any = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-
+@Entry
+def multiply(sources, zero):
     @entry
-    def multiply(like, operands):
-        _multiply(like, operands)
-        return sources
+    def multiply(at):
+        if sources:
+            _multiply(zero, words(at, 17))
 
+    return multiply
+
+
+@Entry
+def differentiate(sources, zero):
     @entry
-    def differentiate(like, operands):
-        _differentiate(like, operands)
-        return sources
+    def differentiate(at):
+        if sources:
+            _differentiate(zero, words(at, 11))
 
+    return differentiate
+
+
+@Entry
+def gradients(sources, zero):
     @entry
-    def gradients(like, operands):
-        _gradients(like, operands)
-        return sources
+    def gradients(at):
+        if sources:
+            _gradients(zero, words(at, 10))
 
-    return multiply, differentiate, gradients
-
-
-multiply, differentiate, gradients = _entry_points(SOURCES)
+    return gradients

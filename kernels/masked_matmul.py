@@ -26,7 +26,7 @@ from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.graph import compressed_rows, first_duplicate
 from irgrow.kernels.masked_matmul_cpu import Panels, panels
 from irgrow.kernels.outer import row_products
-from irgrow.kernels.shared import LIKE, reference_gradients
+from irgrow.kernels.shared import COMPILED, reference_gradients
 from irgrow.kernels.walk_plan import SLOPE_STORED
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -149,7 +149,7 @@ def masked_matmul(
                 f"masked_matmul: the sparse route needs a CPU and numba, or Triton, found {x.device} "
                 f"{'with' if _has_numba() else 'without'} numba; use route='dense'"
             )
-        if x.dtype not in LIKE or _differentiated_otherwise() or not {type(t) for t in (x, values, bias)} <= _PLAIN:
+        if x.dtype not in COMPILED or _differentiated_otherwise() or not {type(t) for t in (x, values, bias)} <= _PLAIN:
             return masked_matmul_reference(mask, x, values, bias, activation=activation)
         return _Sparse.apply(mask, x, values, bias, activation)
     if _differentiated_otherwise() or x.device.type != "cpu" or x.dtype != torch.float32:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from irgrow.kernels.graph import compressed_rows
-from irgrow.kernels.shared import LIKE, parts_for, put_back, spare, together
+from irgrow.kernels.shared import Operands, parts_for, put_back, spare, together
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _LINE_BYTES = 64  # lanes.py
@@ -79,12 +79,8 @@ def forward(
     memory = spare(pieces, cells * len(parts), x)
     fixed = (*of.operands, int(of.in_order), columns, x.data_ptr(), *x.stride(), values.data_ptr())
     fixed = (*fixed, _address(bias), code, _address(slopes), out.data_ptr(), batch)
-    kernel, like, size = kernels().forward, LIKE[x.dtype], x.element_size()
-
-    def part(k: int, *bounds: int) -> None:
-        kernel(like, (*fixed, memory.data_ptr() + k * cells * size, *bounds))
-
-    together(part, parts)
+    scratch, size = memory.data_ptr(), cells * x.element_size()
+    together(kernels().forward, x.dtype, [[(*fixed, scratch + k * size, *part)] for k, part in enumerate(parts)])
     put_back(pieces, memory)
     return out
 
@@ -112,27 +108,26 @@ def backward(
     cells = (rows + 2 * columns) * width
     memory = spare(pieces, cells * len(parts), x)
     d_x = x.new_empty(columns, batch) if needs[0] else None
-    slices = len({part[1:3] for part in parts})  # each adds to a copy of its own; parts of columns have their own edges
+    slices = len({part[:2] for part in parts})  # each adds to a copy of its own; parts of columns have their own edges
     d_values = values.new_zeros(slices, len(values)) if needs[1] else None
     d_bias = x.new_zeros(slices, rows) if needs[2] else None
     fixed = (*of.operands, rows, columns, incoming.data_ptr(), *incoming.stride(), values.data_ptr(), code)
     fixed = (*fixed, _address(slopes), y.data_ptr(), x.data_ptr(), *x.stride(), _address(d_x))
-    kernel, like, size = kernels().backward, LIKE[x.dtype], x.element_size()
-
-    def part(k: int, first: int, last: int, first_row: int, last_row: int) -> None:
+    scratch, size = memory.data_ptr(), cells * x.element_size()
+    rows_of_operands: list[list[Operands]] = []
+    for k, part in enumerate(parts):
         piece = k if slices > 1 else 0
-        sums = _address(d_values, piece), _address(d_bias, piece) if first_row == 0 else 0
-        kernel(like, (*fixed, *sums, batch, memory.data_ptr() + k * cells * size, first, last, first_row, last_row))
-
-    together(part, parts)
+        sums = _address(d_values, piece), _address(d_bias, piece) if part[2] == 0 else 0
+        rows_of_operands.append([(*fixed, *sums, batch, scratch + k * size, *part)])
+    together(kernels().backward, x.dtype, rows_of_operands)
     put_back(pieces, memory)
     return d_x, _total(d_values), _total(d_bias)
 
 
 def _parts(
     edges: int, rows: int, batch: int, like: Tensor, *, may_cut_rows: bool
-) -> tuple[list[tuple[int, int, int, int, int]], int]:
-    """(number, first and last sample, first and last row) of each thread's part, and the samples of a tile.
+) -> tuple[list[tuple[int, int, int, int]], int]:
+    """(first and last sample, first and last row) of each thread's part, and the samples of a tile.
 
     The batch is cut if every part gets a whole tile, else the rows.
     """
@@ -141,9 +136,9 @@ def _parts(
     count = parts_for(max(pitch // tile, rows // 64 if may_cut_rows else 1), edges * pitch)
     if pitch >= count * tile or not may_cut_rows:
         cuts = [pitch // tile * k // count * tile for k in range(count)] + [pitch]
-        parts = [(k, cuts[k], cuts[k + 1], 0, rows) for k in range(count)]
+        parts = [(cuts[k], cuts[k + 1], 0, rows) for k in range(count)]
     else:
-        parts = [(k, 0, pitch, rows * k // count, rows * (k + 1) // count) for k in range(count)]
+        parts = [(0, pitch, rows * k // count, rows * (k + 1) // count) for k in range(count)]
     return parts, min(tile, pitch)
 
 

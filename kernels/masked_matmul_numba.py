@@ -10,20 +10,17 @@ cache while many rows of the result are summed. No bounds are checked.
 
 from __future__ import annotations
 
-import inspect
 import sys
-import zlib
-from typing import Any
 
-from numba import int32, njit, types
+from numba import int32, types
 
 from irgrow.kernels import activations_numba, edges_numba, lanes
 from irgrow.kernels.activations_numba import activate, chain, compiled, inline, store_slopes
 from irgrow.kernels.edges_numba import gather, gather_one, pull, pull_one
+from irgrow.kernels.entry import Entry, entry, fingerprint, words
 from irgrow.kernels.lanes import add, constant, lanes_of, load, pointer, splat, store, total
 
-_FILES = (activations_numba, edges_numba, lanes, sys.modules[__name__])
-SOURCES = zlib.crc32("".join(inspect.getsource(file) for file in _FILES).encode())
+SOURCES = fingerprint(activations_numba, edges_numba, lanes, sys.modules[__name__])
 LINES = 4  # of a tile
 
 
@@ -188,21 +185,21 @@ def _backward(like, operands):
         b += width
 
 
-def _entry_points(sources: int) -> tuple[Any, ...]:
-    """The functions Python calls: a number of the floating type that the addresses hold, and a tuple of integers."""
-    entry: Any = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-
+@Entry
+def forward(sources, zero):
     @entry
-    def forward(like, operands):
-        _forward(like, operands)
-        return sources
+    def forward(at):
+        if sources:
+            _forward(zero, words(at, 21))
 
+    return forward
+
+
+@Entry
+def backward(sources, zero):
     @entry
-    def backward(like, operands):
-        _backward(like, operands)
-        return sources
+    def backward(at):
+        if sources:
+            _backward(zero, words(at, 26))
 
-    return forward, backward
-
-
-forward, backward = _entry_points(SOURCES)
+    return backward

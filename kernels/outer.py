@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from irgrow.kernels import gpu
+from irgrow.kernels.shared import bits_of, run, share
 
 Features = Tensor | Sequence[Tensor]
 
@@ -299,11 +299,10 @@ def add_packed(out: Tensor, left: Packed, right: Packed, *, scale: float = 1.0, 
 
     out [left.width, right.width] float64, rows contiguous.
     """
-    from irgrow.kernels.shared import LIKE, share
-
     (bands, samples, _), groups = left.data.shape, len(right.data)
     items = sum(min(bands, group + 1) for group in range(groups)) if symmetric else bands * groups
     fixed: tuple[int, ...] = (
+        bits_of(scale),
         out.data_ptr(),
         out.stride(0),
         left.data.data_ptr(),
@@ -311,9 +310,8 @@ def add_packed(out: Tensor, left: Packed, right: Packed, *, scale: float = 1.0, 
         right.data.data_ptr(),
     )
     fixed = (*fixed, right.data.stride(0), samples, left.width, right.width, int(symmetric))
-    add, like, factor = compiled().add, LIKE[left.data.dtype], np.float64(scale)
     work = samples * left.width * right.width // (2 if symmetric else 1)
-    share(lambda first, last: add(like, factor, (*fixed, first, last)), items, work)
+    share(compiled().add, left.data.dtype, fixed, items, work)
 
 
 _SCRATCH = threading.local()
@@ -339,15 +337,12 @@ def _room(width: int, samples: int, dtype: torch.dtype) -> Tensor:
 
 def _pack(blocks: Sequence[Tensor], rows: slice, ones: bool, data: Tensor, *, at: int = 0, scale: float = 1.0) -> None:
     """Samples `at` and after of `data` hold scale * these rows of the blocks, and with `ones` a constant 1."""
-    from irgrow.kernels.shared import LIKE
-
     samples, start, group = rows.stop - rows.start, 0, data.shape[2]
-    copy, like = compiled().pack, LIKE[data.dtype]
     place = data.data_ptr() + at * group * data.element_size()
     for block in blocks:
         block = block[rows].detach().resolve_neg().to(data.dtype)
         target = place, data.stride(0), start, samples, 0, block.shape[1]
-        copy(like, like.dtype.type(scale), (block.data_ptr(), block.stride(0), block.stride(1), *target))
+        run(compiled().pack, data.dtype, bits_of(scale), block.data_ptr(), *block.stride(), *target)
         start += block.shape[1]
     if ones:
         data[start // group, at : at + samples, start % group] = 1.0

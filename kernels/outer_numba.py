@@ -12,28 +12,25 @@ threads changes no bit of the result.
 
 from __future__ import annotations
 
-import inspect
 import sys
-import zlib
-from typing import Any
-
-from numba import njit
 
 from irgrow.kernels import lanes, tiles
 from irgrow.kernels.activations_numba import compiled
+from irgrow.kernels.entry import Entry, entry, fingerprint, real_of, words
 from irgrow.kernels.lanes import constant, lanes_of, pointer, splat
 from irgrow.kernels.tiles import ROWS, add_line, grow_one, grow_two
 
-SOURCES = zlib.crc32("".join(inspect.getsource(file) for file in (lanes, tiles, sys.modules[__name__])).encode())
+SOURCES = fingerprint(lanes, tiles, sys.modules[__name__])
 PIECE = 128  # samples summed in registers: a group of both operands then fits the cache
 
 
 @compiled
-def _pack(like, scale, source_at, row, step, target_at, stride, start, samples, first, last):
+def _pack(like, scale, operands):
     """Columns first..last of `source` [samples, ...] stand in `target` from column `start` on, times `scale`.
 
     source[s, c] lies at s row + c step; groups of the target lie `stride` apart.
     """
+    source_at, row, step, target_at, stride, start, samples, first, last = operands
     source, target = pointer(source_at, like), pointer(target_at, scale)
     width = 2 * lanes_of(scale)
     for some in range(0, samples, width):  # so many rows of source and target stay in the cache
@@ -105,21 +102,23 @@ def _add(like, scale, operands):
             item += 1
 
 
-def _entry_points(sources: int) -> Any:
-    entry: Any = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-
+@Entry
+def add(sources, zero):
     @entry
-    def add(like, scale, operands):
-        _add(like, scale, operands)
-        return sources
+    def add(at):
+        if sources:
+            operands = words(at, 13)
+            _add(zero, real_of(operands[0]), operands[1:])
 
+    return add
+
+
+@Entry
+def pack(sources, zero):
     @entry
-    def pack(like, scale, operands):
-        source_at, row, step, target_at, stride, start, samples, first, last = operands
-        _pack(like, scale, source_at, row, step, target_at, stride, start, samples, first, last)
-        return sources
+    def pack(at):
+        if sources:
+            operands = words(at, 10)
+            _pack(zero, constant(real_of(operands[0]), zero), operands[1:])
 
-    return add, pack
-
-
-add, pack = _entry_points(SOURCES)
+    return pack

@@ -2,69 +2,111 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import threading
+import struct
+from array import array
 from collections.abc import Callable, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-# What compiled code runs for, and a number of that type.
-LIKE: dict[torch.dtype, Any] = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
-_WORK_PER_THREAD = 3_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
+if TYPE_CHECKING:
+    from irgrow.kernels.entry import Entry
+
+COMPILED = (torch.float32, torch.float64)  # what there is compiled code for
 
 
-_INSIDE = threading.local()  # .busy: this thread already works on a part of something shared
+# --- threads --------------------------------------------------------------------------------------------------
+
+_WORK_PER_THREAD = 1_000_000  # multiply-adds; with less, a thread that must be woken (50 us) costs more than it saves
+Operands = tuple[int, ...]
 
 
-def share(run: Callable[[int, int], Any], items: int, work: int) -> None:
-    """run(first, last) for ranges that make up all items, on as many of torch's threads as `work` pays for.
+def share(entry: Entry, dtype: torch.dtype, fixed: Operands, items: int, work: int) -> None:
+    """entry(*fixed, first, last) for ranges that make up all items, on as many threads as `work` pays for.
 
     Who computes what changes no bit of the result. `work` is in multiply-adds.
     """
     parts = parts_for(items, work)
-    together(run, [(items * k // parts, items * (k + 1) // parts) for k in range(parts)])
+    together(entry, dtype, [[(*fixed, items * k // parts, items * (k + 1) // parts)] for k in range(parts)])
 
 
 def parts_for(items: int, work: int) -> int:
-    """On how many threads `work` (multiply-adds) should run, if it falls into so many independent items.
+    """On how many threads `work` (multiply-adds) should run, if it falls into so many independent items."""
+    return max(1, min(torch.get_num_threads(), items, work // _WORK_PER_THREAD))
 
-    Inside of a part it is one: threads that wait for each other's would never end.
+
+def bits_of(real: float) -> int:
+    """A float64 as an operand: the integer with the same bits."""
+    return int.from_bytes(struct.pack("<d", real), "little", signed=True)
+
+
+def run(entry: Entry, dtype: torch.dtype, *operands: int) -> None:
+    """entry(*operands) on this thread."""
+    row = array("q", operands)
+    entry.of(dtype)[1](row.buffer_info()[0])
+
+
+def together(entry: Entry, dtype: torch.dtype, parts: Sequence[Sequence[Operands]]) -> None:
+    """entry(*operands) for all operands of a part, one after the other; every part on a thread of its own.
+
+    The threads are torch's own where they can be had: they may still be awake from its last operation, and two sets
+    of threads would wait for each other's cores.
     """
-    busy = getattr(_INSIDE, "busy", False)
-    return 1 if busy else max(1, min(torch.get_num_threads(), items, work // _WORK_PER_THREAD))
-
-
-def together(run: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> None:
-    """run(*part) for every part, each on a thread of its own."""
+    address, call, _ = entry.of(dtype)
+    table, starts = array("q"), [0]
+    for part in parts:
+        for operands in part:
+            table.extend(operands)
+        starts.append(starts[-1] + len(part))
+    first, size = table.buffer_info()[0], 8 * len(parts[0][0])
     if len(parts) == 1:
-        run(*parts[0])
+        for row in range(starts[1]):
+            call(first + row * size)
         return
+    from irgrow.kernels.entry import run_part
 
-    def one(part: tuple[Any, ...]) -> None:
-        _INSIDE.busy = True
-        try:
-            run(*part)
-        finally:
-            _INSIDE.busy = False
-
-    others = [threads(os.getpid()).submit(one, part) for part in parts[1:]]
-    try:
-        one(parts[0])
-    finally:  # they write to the caller's memory: it must outlive them
-        for other in others:
-            other.exception()
-    for other in others:
+    job = array("q", (0, len(parts), address, first, size, *starts))
+    at, runner = job.buffer_info()[0], run_part()
+    parallel = _torch_threads()
+    if parallel is not None and os.getpid() == _PROCESS:
+        parallel(runner.address, at, len(parts), 0)
+        return
+    others = [_threads(os.getpid()).submit(runner.ctypes, at) for _ in parts[1:]]
+    runner.ctypes(at)
+    for other in others:  # they write to the caller's memory: it must outlive them
         other.result()
 
 
+_PROCESS = os.getpid()  # a fork has none of OpenMP's threads, and would wait for them for ever
+
+
 @lru_cache(1)
-def threads(process: int) -> ThreadPoolExecutor:
-    """Threads that run compiled code beside the caller's. Kept per process: a fork does not inherit threads."""
+def _torch_threads() -> Any:
+    """OpenMP's call to run a function on the threads that torch uses, or None where it is not found."""
+    try:
+        with open("/proc/self/maps") as maps:
+            files = {line.split(maxsplit=5)[-1].strip() for line in maps if "omp" in line}
+    except OSError:
+        return None
+    beside = os.path.dirname(torch.__file__)
+    for file in sorted(files):
+        if file.startswith(beside) and os.path.basename(file).startswith(("libgomp", "libomp", "libiomp")):
+            parallel = getattr(ctypes.CDLL(file), "GOMP_parallel", None)
+            if parallel is not None:
+                parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+                parallel.restype = None
+                return parallel
+    return None
+
+
+@lru_cache(1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Threads of our own, per process: a fork does not inherit threads."""
     return ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1), thread_name_prefix="irgrow")
 
 

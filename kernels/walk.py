@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from irgrow.kernels import gpu, walk_cpu
-from irgrow.kernels.shared import LIKE, reference_gradients
+from irgrow.kernels.shared import COMPILED, reference_gradients
 from irgrow.kernels.walk_cpu import Parts, backward, forward, pitch_of, sizes
 from irgrow.kernels.walk_plan import MAX, SUM, Rows, WalkPlan, parts_of, plan
 from irgrow.kernels.walk_reference import Vector, joined, walk_reference
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def _runs_compiled(like: Tensor) -> bool:
-    return like.is_cpu and like.dtype in LIKE and walk_cpu.kernels() is not None
+    return like.is_cpu and like.dtype in COMPILED and walk_cpu.kernels() is not None
 
 
 def _reference_gradients(
@@ -278,7 +278,7 @@ def _walk(
 def walked_by(device: torch.device, dtype: torch.dtype) -> str:
     """What runs `walk` there: numba, Triton or plain torch."""
     if device.type == "cpu":
-        return "numba" if dtype in LIKE and walk_cpu.kernels() is not None else "plain torch"
+        return "numba" if dtype in COMPILED and walk_cpu.kernels() is not None else "plain torch"
     return "Triton" if gpu.runs_triton(device, dtype) else "plain torch"
 
 

@@ -6,7 +6,6 @@ With rows, nobody sees the buffer: the batch is cut into tiles, each with a buff
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irgrow.kernels.shared import LIKE, put_back, spare, threads
+from irgrow.kernels.shared import Operands, put_back, run, spare, together
 from irgrow.kernels.walk_plan import Rows, WalkPlan
 
 _LINE_BYTES = 64  # lanes.py
 _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
-_WORK_PER_THREAD = 6_000_000  # multiply-adds; with less, waking another thread (50 us) costs more than it saves
+_WORK_PER_THREAD = 2_000_000  # multiply-adds; with less, a thread that must be woken costs more than it saves
 _TILE_BYTES = 256  # of each row in a tile: the fewest with which a line of sums is held four times in registers
 Parts = tuple[Tensor, ...]
 
@@ -81,14 +80,13 @@ def forward(
         out_at = out.data_ptr()
     input_pitch, input_step = inputs.stride()
     offset_pitch = 0 if offset is None else offset.stride(0)
-    kernel, like = kernels().forward, LIKE[inputs.dtype]
 
-    def walk_columns(first: int, last: int, k: int) -> None:
+    def walk_columns(first: int, last: int, k: int) -> Operands:
         moved, width, tile = 0, pitch, start
         if rows is not None:  # a tile: a batch of its own
             moved, width = first * size, last - first
             tile = start + plan.rows * (moved if keep else k * _TILE_BYTES)
-        operands = (
+        return (
             plan.address,
             tile,
             width,
@@ -108,9 +106,9 @@ def forward(
             first if rows is None else 0,
             last if rows is None else width,
         )
-        kernel(like, operands)
 
-    _in_slices(walk_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
+    panel = (_PANEL_BYTES if rows is None else _TILE_BYTES) // size
+    together(kernels().forward, inputs.dtype, _in_panels(walk_columns, slices, panel))
     del held_weights, held_biases
     if rows is not None and not keep:
         put_back(plan.spare, buffer)
@@ -140,7 +138,7 @@ def _vector(parts: Parts, spot: int, like: Tensor) -> tuple[int, Parts]:
     for part in whole:
         table.append(part.data_ptr())
         table.append(part.numel())
-    kernels().put_together(LIKE[like.dtype], spot, table.buffer_info()[0], len(whole))
+    run(kernels().put_together, like.dtype, spot, table.buffer_info()[0], len(whole))
     return spot, whole
 
 
@@ -199,15 +197,14 @@ def backward(
     d_biases = _Sums(len(slices), biases if needs[2] else None, buffer)
     incoming_at, (incoming_pitch, incoming_step) = incoming.data_ptr(), incoming.stride()
     start, slopes_at = buffer.data_ptr(), 0 if slopes is None else slopes.data_ptr()
-    kernel, like = kernels().backward, LIKE[buffer.dtype]
 
-    def sweep_columns(first: int, last: int, k: int) -> None:
+    def sweep_columns(first: int, last: int, k: int) -> Operands:
         starts = first == slices[k][0]
         moved, width, swept = 0, pitch, gradient_at
         if rows is not None:  # a tile: a batch of its own
             moved, width = first * size, last - first
             swept = gradient_at + plan.rows * k * _TILE_BYTES
-        operands = (
+        return (
             plan.address,
             start + plan.rows * moved,
             width,
@@ -231,9 +228,9 @@ def backward(
             first if rows is None else 0,
             last if rows is None else width,
         )
-        kernel(like, operands)
 
-    _in_slices(sweep_columns, slices, (_PANEL_BYTES if rows is None else _TILE_BYTES) // size)
+    panel = (_PANEL_BYTES if rows is None else _TILE_BYTES) // size
+    together(kernels().backward, buffer.dtype, _in_panels(sweep_columns, slices, panel))
     del held
     if rows is not None:
         put_back(plan.spare, gradient)
@@ -255,7 +252,7 @@ class _Sums:
             return None
         total = self.parts[0]
         for other in self.parts[1:]:  # not by torch: its threads would wake for this
-            kernels().add_onto(LIKE[total.dtype], total.data_ptr(), other.data_ptr(), self.length)
+            run(kernels().add_onto, total.dtype, total.data_ptr(), other.data_ptr(), self.length)
         return total
 
 
@@ -282,17 +279,11 @@ def _slices(plan: WalkPlan, pitch: int, like: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def _in_slices(run: Callable[[int, int, int], None], slices: list[tuple[int, int]], panel: int) -> None:
-    """run(first, last, number of the slice) for every panel of every slice, slices on threads of their own."""
-    if len(slices) == 1 and slices[0][1] <= panel:
-        return run(0, slices[0][1], 0)
-
-    def one(k: int) -> None:
-        begin, end = slices[k]
-        for first in range(begin, end, panel):
-            run(first, min(first + panel, end), k)
-
-    others = [threads(os.getpid()).submit(one, k) for k in range(1, len(slices))]
-    one(0)
-    for other in others:
-        other.result()
+def _in_panels(
+    operands: Callable[[int, int, int], Operands], slices: list[tuple[int, int]], panel: int
+) -> list[list[Operands]]:
+    """operands(first, last, number of the slice) of every panel, slice by slice."""
+    return [
+        [operands(first, min(first + panel, end), k) for first in range(begin, end, panel)]
+        for k, (begin, end) in enumerate(slices)
+    ]

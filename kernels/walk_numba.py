@@ -13,12 +13,9 @@ once. Sums over the batch (gradients of weights and biases) are per slice; the c
 
 from __future__ import annotations
 
-import inspect
 import sys
-import zlib
-from typing import Any
 
-from numba import int32, int64, njit, types
+from numba import int32, int64, types
 
 from irgrow.kernels import activations_numba, edges_numba, lanes
 from irgrow.kernels.activations_numba import (
@@ -32,6 +29,7 @@ from irgrow.kernels.activations_numba import (
     store_slopes,
 )
 from irgrow.kernels.edges_numba import gather, gather_one, pull, pull_one
+from irgrow.kernels.entry import Entry, entry, fingerprint, words
 from irgrow.kernels.lanes import (
     add,
     constant,
@@ -47,11 +45,7 @@ from irgrow.kernels.walk_plan import HEADER, MAX, SUM, Header
 INPUTS, NEURONS, EDGES, SUMMED = map(int, (Header.INPUTS, Header.NEURONS, Header.EDGES, Header.SUMMED))
 MAXIMA, IN_ORDER = int(Header.MAXIMA), int(Header.IN_ORDER)
 
-# numba's cache on disk looks at the file of the cached function only. The compiled entry points close over this
-# number, and so are compiled again when any of the files they were made from changes.
-SOURCES = zlib.crc32(
-    "".join(inspect.getsource(m) for m in (activations_numba, edges_numba, lanes, sys.modules[__name__])).encode()
-)
+SOURCES = fingerprint(activations_numba, edges_numba, lanes, sys.modules[__name__])
 
 
 # --- maxima ---------------------------------------------------------------------------------------------------
@@ -378,52 +372,69 @@ def _backward_one(like, operands):
 # --- entry points ---------------------------------------------------------------------------------------------
 
 
-def _entry_points(sources: int) -> tuple[Any, ...]:
-    """The functions Python calls: a number of the floating type that the addresses hold, and a tuple of integers."""
-    entry: Any = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@Entry
+def forward(sources, zero):
+    @entry
+    def forward(at):
+        if sources:
+            operands = words(at, 18)
+            if operands[2] == 1:
+                _forward_one(zero, operands)
+            else:
+                _forward(zero, operands)
+
+    return forward
+
+
+@Entry
+def backward(sources, zero):
+    @entry
+    def backward(at):
+        if sources:
+            operands = words(at, 22)
+            d_weights, d_biases, clear_weights, clear_biases = operands[11:15]
+            dw, db = pointer(d_weights, zero), pointer(d_biases, zero)
+            for k in range(clear_weights):
+                dw[k] = zero
+            for k in range(clear_biases):
+                db[k] = zero
+            if operands[2] == 1:
+                _backward_one(zero, operands)
+            else:
+                _backward(zero, operands)
+
+    return backward
+
+
+@Entry
+def put_together(sources, zero):
+    """The memory at `target` becomes the vectors whose (address, length) stand in a table, one after the other."""
 
     @entry
-    def forward(like, operands):
-        if operands[2] == 1:
-            _forward_one(like, operands)
-        else:
-            _forward(like, operands)
-        return sources
+    def put_together(at):
+        if sources:
+            target, table, parts = words(at, 3)
+            out, entries = pointer(target, zero), pointer(table, int64(0))
+            place = 0
+            for k in range(parts):
+                part, length = pointer(entries[2 * k], zero), entries[2 * k + 1]
+                for i in range(length):
+                    out[place + i] = part[i]
+                place += length
+
+    return put_together
+
+
+@Entry
+def add_onto(sources, zero):
+    """A vector is added to another."""
 
     @entry
-    def backward(like, operands):
-        d_weights, d_biases, clear_weights, clear_biases = operands[11:15]
-        dw, db = pointer(d_weights, like), pointer(d_biases, like)
-        for k in range(clear_weights):
-            dw[k] = constant(0.0, like)
-        for k in range(clear_biases):
-            db[k] = constant(0.0, like)
-        if operands[2] == 1:
-            _backward_one(like, operands)
-        else:
-            _backward(like, operands)
-        return sources
+    def add_onto(at):
+        if sources:
+            target, other, count = words(at, 3)
+            a, b = pointer(target, zero), pointer(other, zero)
+            for k in range(count):
+                a[k] += b[k]
 
-    @entry
-    def put_together(like, target, table, parts):
-        """target becomes the `parts` vectors whose (address, length) stand in the table, one after the other."""
-        out, entries = pointer(target, like), pointer(table, int64(0))
-        at = 0
-        for k in range(parts):
-            part, length = pointer(entries[2 * k], like), entries[2 * k + 1]
-            for i in range(length):
-                out[at + i] = part[i]
-            at += length
-        return sources
-
-    @entry
-    def add_onto(like, target, other, count):
-        a, b = pointer(target, like), pointer(other, like)
-        for k in range(count):
-            a[k] += b[k]
-        return sources
-
-    return forward, backward, put_together, add_onto
-
-
-forward, backward, put_together, add_onto = _entry_points(SOURCES)
+    return add_onto
