@@ -14,7 +14,7 @@ def compiled_variants() -> dict[str, int]:
                 if hasattr(function, "signatures") and hasattr(function, "py_func"):
                     code = function.py_func
                     found[f"{code.__module__}.{code.__qualname__}"] = len(function.signatures)
-                elif hasattr(function, "variants"):  # an Entry
+                elif isinstance(getattr(function, "variants", None), int):  # an Entry
                     found[f"{function.__module__}.{function.__name__}"] = function.variants
     return found
 

@@ -284,6 +284,6 @@ def _in_panels(
 ) -> list[list[Operands]]:
     """operands(first, last, number of the slice) of every panel, slice by slice."""
     return [
-        [operands(first, min(first + panel, end), k) for first in range(begin, end, panel)]
+        [operands(first, min(first + panel, end), k) for first in range(begin, max(end, 1), panel)]
         for k, (begin, end) in enumerate(slices)
     ]
