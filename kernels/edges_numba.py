@@ -12,7 +12,19 @@ from __future__ import annotations
 from numba import types
 
 from irgrow.kernels.activations_numba import inline
-from irgrow.kernels.lanes import add, constant, lanes_of, load, multiply, multiply_add, splat, store, total, totals
+from irgrow.kernels.lanes import (
+    add,
+    constant,
+    lanes_of,
+    load,
+    multiply,
+    multiply_add,
+    splat,
+    store,
+    total,
+    totals,
+    transpose,
+)
 
 
 @inline
@@ -250,3 +262,19 @@ def gather_one(seed, source, column, index, weights, ordered, start, stop):
         a0 += (weights[e] if ordered else weights[index[e]]) * source[column[e]]
         e += 1
     return (a0 + a1) + (a2 + a3)
+
+
+# --- samples that lie the other way ---------------------------------------------------------------------------
+
+
+@inline
+def turn(target, at, pitch, source, start, stride, rows, samples):
+    """target[at + r * pitch + b] = source[start + b * stride + r]: rows of samples from samples of rows, or back."""
+    line = lanes_of(source[0])
+    whole_rows, whole_samples = rows - rows % line, samples - samples % line
+    for r in range(0, whole_rows, line):
+        for b in range(0, whole_samples, line):
+            transpose(target, at + r * pitch + b, pitch, source, start + b * stride + r, stride)
+    for r in range(rows):
+        for b in range(whole_samples if r < whole_rows else 0, samples):
+            target[at + r * pitch + b] = source[start + b * stride + r]

@@ -98,6 +98,38 @@ def store(_typing, target, at, lanes):
 
 
 @intrinsic
+def transpose(_typing, target, at, pitch, source, start, stride):
+    """target[at + r pitch + b] = source[start + b stride + r] for r and b below a line: a square, in registers."""
+    vector = _vector(source.dtype)
+    count = vector.count
+
+    def generate(context, builder, signature, arguments):
+        target, at, pitch, source, start, stride = arguments
+
+        def line(pointer, first, step, k):
+            place = builder.gep(pointer, [builder.add(first, builder.mul(step, ir.IntType(64)(k)))])
+            return builder.bitcast(place, vector.as_pointer())
+
+        align = signature.args[0].dtype.bitwidth // 8
+        lines = [builder.load(line(source, start, stride, k), align=align) for k in range(count)]
+        swap = count // 2
+        while swap:  # squares of this size are exchanged across the diagonal
+            low = [k if not k & swap else count + k - swap for k in range(count)]
+            high = [k + swap if not k & swap else count + k for k in range(count)]
+            for k in range(count):
+                if not k & swap:
+                    a, b = lines[k], lines[k + swap]
+                    lines[k] = builder.shuffle_vector(a, b, _places(low))
+                    lines[k + swap] = builder.shuffle_vector(a, b, _places(high))
+            swap //= 2
+        for k in range(count):
+            builder.store(lines[k], line(target, at, pitch, k), align=align)
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64, types.int64, source, types.int64, types.int64), generate
+
+
+@intrinsic
 def prefetch(_typing, source, at):
     """The line around source[at] is asked for; any address will do."""
 

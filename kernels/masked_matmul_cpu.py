@@ -143,8 +143,8 @@ def _parts(
 
 
 def _strided(x: Tensor) -> Tensor:
-    """x as it lies, if its numbers can be read there."""
-    return x.contiguous() if x.is_neg() or 0 in x.stride() else x
+    """x as it lies, if its rows or its columns lie next to each other."""
+    return x.contiguous() if x.is_neg() or 1 not in x.stride() else x
 
 
 def _address(tensor: Tensor | None, row: int = 0) -> int:

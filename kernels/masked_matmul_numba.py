@@ -16,7 +16,7 @@ from numba import int32, types
 
 from irgrow.kernels import activations_numba, edges_numba, lanes
 from irgrow.kernels.activations_numba import activate, chain, compiled, inline, store_slopes
-from irgrow.kernels.edges_numba import gather, gather_one, pull, pull_one
+from irgrow.kernels.edges_numba import gather, gather_one, pull, pull_one, turn
 from irgrow.kernels.entry import Entry, entry, fingerprint, words
 from irgrow.kernels.lanes import add, constant, lanes_of, load, pointer, splat, store, total
 
@@ -26,7 +26,10 @@ LINES = 4  # of a tile
 
 @inline
 def _pack(tile, width, source, start, pitch, step, rows, real):
-    """tile[r * width + b] = source[start + r * pitch + b * step] for b < real, and 0 from there to `width`."""
+    """tile[r * width + b] = source[start + r * pitch + b * step] for b < real, and 0 from there to `width`.
+
+    Either stride is 1.
+    """
     line = lanes_of(source[0])
     if step == 1 and real == width and width % line == 0:
         for r in range(rows):
@@ -37,11 +40,8 @@ def _pack(tile, width, source, start, pitch, step, rows, real):
         for r in range(rows):
             for b in range(real):
                 tile[r * width + b] = source[start + r * pitch + b]
-    else:
-        for block in range(0, rows, 16):  # by squares: both sides stay in the cache
-            for b in range(real):
-                for r in range(block, min(block + 16, rows)):
-                    tile[r * width + b] = source[start + r * pitch + b * step]
+    else:  # the rows lie next to each other
+        turn(tile, 0, width, source, start, step, rows, real)
     zero = constant(0.0, source[0])
     for r in range(rows):
         for b in range(real, width):

@@ -28,7 +28,7 @@ from irgrow.kernels.activations_numba import (
     slope_one,
     store_slopes,
 )
-from irgrow.kernels.edges_numba import gather, gather_one, pull, pull_one
+from irgrow.kernels.edges_numba import gather, gather_one, pull, pull_one, turn
 from irgrow.kernels.entry import Entry, entry, fingerprint, words
 from irgrow.kernels.lanes import (
     add,
@@ -125,11 +125,12 @@ def _forward(like, operands):
         for r in range(n_in):
             for b in range(first, real):
                 v[r * pitch + b] = x[r * inputs_pitch + b]
+    elif inputs_pitch == 1:
+        turn(v, first, pitch, x, first * inputs_step, inputs_step, n_in, real - first)
     else:
-        for block in range(0, n_in, 16):  # by squares: both sides stay in the cache
+        for r in range(n_in):
             for b in range(first, real):
-                for r in range(block, min(block + 16, n_in)):
-                    v[r * pitch + b] = x[r * inputs_pitch + b * inputs_step]
+                v[r * pitch + b] = x[r * inputs_pitch + b * inputs_step]
     for r in range(n_in):
         for b in range(real, last):
             v[r * pitch + b] = zero
@@ -300,10 +301,7 @@ def _backward(like, operands):
 
     if d_inputs != 0:
         dx = pointer(d_inputs, like)
-        for block in range(0, n_in, 16):
-            for b in range(first, real):
-                for r in range(block, min(block + 16, n_in)):
-                    dx[b * n_in + r] = g[r * pitch + b]
+        turn(dx, first * n_in, n_in, g, first, pitch, real - first, n_in)
     if d_offset != 0:
         dz = pointer(d_offset, like)
         for r in range(neurons):
