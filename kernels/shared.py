@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,21 +88,14 @@ _PROCESS = os.getpid()  # a fork has none of OpenMP's threads, and would wait fo
 
 @lru_cache(1)
 def _torch_threads() -> Any:
-    """OpenMP's call to run a function on the threads that torch uses, or None where it is not found."""
+    """GOMP_parallel(function, argument, threads, flags) of the OpenMP that torch uses; None if it uses none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        with open("/proc/self/maps") as maps:
-            files = {line.split(maxsplit=5)[-1].strip() for line in maps if "omp" in line}
-    except OSError:
+        run = ctypes.CDLL(str(library)).GOMP_parallel  # found among the libraries that it loads
+    except (OSError, AttributeError):
         return None
-    beside = os.path.dirname(torch.__file__)
-    for file in sorted(files):
-        if file.startswith(beside) and os.path.basename(file).startswith(("libgomp", "libomp", "libiomp")):
-            parallel = getattr(ctypes.CDLL(file), "GOMP_parallel", None)
-            if parallel is not None:
-                parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
-                parallel.restype = None
-                return parallel
-    return None
+    run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return run
 
 
 @lru_cache(1)
