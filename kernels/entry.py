@@ -28,6 +28,8 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
+from irgrow.kernels.activations_numba import inline
+
 _I64 = ir.IntType(64)
 _WORD = _I64.as_pointer()
 _ZERO = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
@@ -112,6 +114,61 @@ def _call(_typing, function, at):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _seen(_typing, at):
+    """The integer at address `at`, as other threads have left it."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load_atomic(builder.inttoptr(arguments[0], _WORD), "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _arrive(_typing, at):
+    """One more at address `at`; what this thread wrote before is seen by whoever sees that."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], _WORD), _I64(1), "acq_rel")
+
+    return types.int64(types.int64), generate
+
+
+# --- phases: work that several threads share, each phase after the one before ----------------------------------
+#
+# Every thread runs all phases with the same operands. `progress` is the address of two integers per phase, 0 at
+# first: how many pieces were taken, and how many are done. Nobody waits for a thread that has taken nothing, so one
+# that gets no core delays nobody. progress 0: a thread on its own, and one piece.
+
+
+@inline
+def next_piece(progress, phase, piece):
+    """The piece of this phase to work on after `piece` (-1 at first); there is none if it is not below the pieces."""
+    return _take_next(progress + 16 * phase) if progress != 0 else piece + 1
+
+
+@inline
+def piece_done(progress, phase):
+    """What a thread wrote for a piece is ready."""
+    if progress != 0:
+        _arrive(progress + 16 * phase + 8)
+
+
+@inline
+def phase_done(progress, phase, pieces):
+    """All pieces of the phase are ready."""
+    if progress != 0:
+        while _seen(progress + 16 * phase + 8) < pieces:
+            pass
+
+
+@inline
+def piece_of(begin, end, piece, pieces):
+    """The part of begin..end that is this piece."""
+    begin, count = types.int64(begin), types.int64(end) - types.int64(begin)
+    return begin + count * piece // pieces, begin + count * (piece + 1) // pieces
 
 
 @lru_cache(1)

@@ -24,6 +24,7 @@ COMPILED = (torch.float32, torch.float64)  # what there is compiled code for
 # --- threads --------------------------------------------------------------------------------------------------
 
 _WORK_PER_THREAD = 1_000_000  # multiply-adds; with less, a thread that must be woken (50 us) costs more than it saves
+_PIECES = 4  # of a phase, per thread
 Operands = tuple[int, ...]
 
 
@@ -81,6 +82,13 @@ def together(entry: Entry, dtype: torch.dtype, parts: Sequence[Sequence[Operands
     runner.ctypes(at)
     for other in others:  # they write to the caller's memory: it must outlive them
         other.result()
+
+
+def in_phases(entry: Entry, dtype: torch.dtype, operands: Operands, phases: int) -> None:
+    """entry(*operands, pieces, progress) on all of torch's threads, which share every phase (see entry.py)."""
+    threads = torch.get_num_threads()
+    progress = array("q", bytes(16 * phases))
+    together(entry, dtype, [[(*operands, _PIECES * threads, progress.buffer_info()[0])]] * threads)
 
 
 _PROCESS = os.getpid()  # a fork has none of OpenMP's threads, and would wait for them for ever

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irgrow.kernels.shared import Operands, put_back, run, spare, together
+from irgrow.kernels.shared import Operands, in_phases, put_back, run, spare, together
 from irgrow.kernels.walk_plan import Rows, WalkPlan
 
 _LINE_BYTES = 64  # lanes.py
 _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
 _WORK_PER_THREAD = 2_000_000  # multiply-adds; with less, a thread that must be woken costs more than it saves
+_EDGES_PER_LEVEL = 4096  # with fewer, threads that share a level meet too often
 _TILE_BYTES = 256  # of each row in a tile: the fewest with which a line of sums is held four times in registers
 Parts = tuple[Tensor, ...]
 
@@ -108,7 +109,7 @@ def forward(
         )
 
     panel = (_PANEL_BYTES if rows is None else _TILE_BYTES) // size
-    together(kernels().forward, inputs.dtype, _in_panels(walk_columns, slices, panel))
+    _run(kernels().forward, plan, inputs.dtype, _in_panels(walk_columns, slices, panel), pitch)
     del held_weights, held_biases
     if rows is not None and not keep:
         put_back(plan.spare, buffer)
@@ -230,7 +231,7 @@ def backward(
         )
 
     panel = (_PANEL_BYTES if rows is None else _TILE_BYTES) // size
-    together(kernels().backward, buffer.dtype, _in_panels(sweep_columns, slices, panel))
+    _run(kernels().backward, plan, buffer.dtype, _in_panels(sweep_columns, slices, panel), 2 * pitch)
     del held
     if rows is not None:
         put_back(plan.spare, gradient)
@@ -287,3 +288,14 @@ def _in_panels(
         [operands(first, min(first + panel, end), k) for first in range(begin, max(end, 1), panel)]
         for k, (begin, end) in enumerate(slices)
     ]
+
+
+def _run(kernel: Any, plan: WalkPlan, dtype: torch.dtype, parts: list[list[Operands]], columns: int) -> None:
+    """Every part on a thread of its own; a single one by all threads, level by level, where levels are wide."""
+    wide = plan.edges >= _EDGES_PER_LEVEL * plan.levels and plan.edges * columns >= 2 * _WORK_PER_THREAD
+    may_share = len(parts) == 1 and columns > 2 and not plan.maxima and torch.get_num_threads() > 1
+    if wide and may_share and plan.nothing_shared:
+        for operands in parts[0]:
+            in_phases(kernel, dtype, operands, plan.levels + 3)
+        return
+    together(kernel, dtype, [[(*operands, 1, 0) for operands in part] for part in parts])

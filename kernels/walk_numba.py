@@ -29,7 +29,7 @@ from irgrow.kernels.activations_numba import (
     store_slopes,
 )
 from irgrow.kernels.edges_numba import gather, gather_one, pull, pull_one, turn
-from irgrow.kernels.entry import Entry, entry, fingerprint, words
+from irgrow.kernels.entry import Entry, entry, fingerprint, next_piece, phase_done, piece_done, piece_of, words
 from irgrow.kernels.lanes import (
     add,
     constant,
@@ -43,7 +43,7 @@ from irgrow.kernels.lanes import (
 from irgrow.kernels.walk_plan import HEADER, MAX, SUM, Header
 
 INPUTS, NEURONS, EDGES, SUMMED = map(int, (Header.INPUTS, Header.NEURONS, Header.EDGES, Header.SUMMED))
-MAXIMA, IN_ORDER = int(Header.MAXIMA), int(Header.IN_ORDER)
+MAXIMA, IN_ORDER, LEVELS = int(Header.MAXIMA), int(Header.IN_ORDER), int(Header.LEVELS)
 
 SOURCES = fingerprint(activations_numba, edges_numba, lanes, sys.modules[__name__])
 
@@ -110,7 +110,7 @@ def _forward(like, operands):
     store it, with the same pitch. `out` [B, count] receives the values of the computed rows `picked`.
     """
     structure, buffer, pitch, inputs, inputs_pitch, inputs_step, weights, part_of, biases = operands[:9]
-    offset, offset_pitch, slopes, picked, count, out, batch, first, last = operands[9:]
+    offset, offset_pitch, slopes, picked, count, out, batch, first, last, pieces, progress = operands[9:]
     n_in, neurons, edges, rows, fields_at, column_at = _row_tables(structure)
     ordered = pointer(structure, int32(0))[IN_ORDER] == 1
     row_pointer, fields = pointer(rows, int32(0)), pointer(fields_at, int32(0))
@@ -121,47 +121,66 @@ def _forward(like, operands):
     zero = constant(0.0, like)
     real = min(last, batch)  # where padding begins
 
-    if inputs_step == 1:
-        for r in range(n_in):
-            for b in range(first, real):
-                v[r * pitch + b] = x[r * inputs_pitch + b]
-    elif inputs_pitch == 1:
-        turn(v, first, pitch, x, first * inputs_step, inputs_step, n_in, real - first)
-    else:
-        for r in range(n_in):
-            for b in range(first, real):
-                v[r * pitch + b] = x[r * inputs_pitch + b * inputs_step]
-    for r in range(n_in):
-        for b in range(real, last):
-            v[r * pitch + b] = zero
-
-    for r in range(neurons):
-        start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
-        code, place = fields[r], fields[r + 2 * neurons]
-        if part_of != 0:
-            w = pointer(table[part[r]], like)
-        seed = bias[place] if place >= 0 else zero
-        at = (n_in + r) * pitch
-        if offset != 0:
-            for b in range(first, real):
-                v[at + b] = extra[r * offset_pitch + b]
-            for b in range(real, last):
-                v[at + b] = zero
-        if fields[r + neurons] == SUM:
-            gather(v, at, seed, offset != 0, v, pitch, column, index, w, ordered, start, stop, first, last)
+    piece = next_piece(progress, 0, -1)
+    while piece < pieces:
+        begin, end = piece_of(0, n_in, piece, pieces)
+        if inputs_pitch == 1 and inputs_step != 1:
+            at = first * inputs_step + begin
+            turn(v, begin * pitch + first, pitch, x, at, inputs_step, end - begin, real - first)
         else:
-            _largest(v, at, seed, offset != 0, pitch, column, index, w, start, stop, first, last)
-        if slopes != 0 and fields[r + 3 * neurons] >= 0:
-            store_slopes(code, v, at + first, at + last, kept, fields[r + 3 * neurons] * pitch + first)
-        activate(code, v, at + first, at + last)
-        for b in range(real, last):
-            v[at + b] = zero
+            for r in range(begin, end):
+                for b in range(first, real):
+                    v[r * pitch + b] = x[r * inputs_pitch + b * inputs_step]
+        for r in range(begin, end):
+            for b in range(real, last):
+                v[r * pitch + b] = zero
+        piece_done(progress, 0)
+        piece = next_piece(progress, 0, piece)
+    phase_done(progress, 0, pieces)
+
+    level_pointer = pointer(_level_table(structure), int32(0))
+    levels = types.int64(pointer(structure, int32(0))[LEVELS]) if progress != 0 else 1  # alone: all rows in one go
+    for level in range(levels):
+        low, high = types.int64(0), neurons
+        if progress != 0:
+            low, high = types.int64(level_pointer[level]), types.int64(level_pointer[level + 1])
+        piece = next_piece(progress, level + 1, -1)
+        while piece < pieces:
+            begin, end = piece_of(low, high, piece, pieces)
+            for r in range(begin, end):
+                start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
+                code, place = fields[r], fields[r + 2 * neurons]
+                if part_of != 0:
+                    w = pointer(table[part[r]], like)
+                seed = bias[place] if place >= 0 else zero
+                at = (n_in + r) * pitch
+                if offset != 0:
+                    for b in range(first, real):
+                        v[at + b] = extra[r * offset_pitch + b]
+                    for b in range(real, last):
+                        v[at + b] = zero
+                if fields[r + neurons] == SUM:
+                    gather(v, at, seed, offset != 0, v, pitch, column, index, w, ordered, start, stop, first, last)
+                else:
+                    _largest(v, at, seed, offset != 0, pitch, column, index, w, start, stop, first, last)
+                if slopes != 0 and fields[r + 3 * neurons] >= 0:
+                    store_slopes(code, v, at + first, at + last, kept, fields[r + 3 * neurons] * pitch + first)
+                activate(code, v, at + first, at + last)
+                for b in range(real, last):
+                    v[at + b] = zero
+            piece_done(progress, level + 1)
+            piece = next_piece(progress, level + 1, piece)
+        phase_done(progress, level + 1, pieces)
 
     chosen, y = pointer(picked, int32(0)), pointer(out, like)
-    for block in range(0, count, 16):
-        for b in range(first, real):
-            for k in range(block, min(block + 16, count)):
-                y[b * count + chosen[count + k]] = v[(n_in + chosen[k]) * pitch + b]
+    piece = next_piece(progress, levels + 1, -1)
+    while piece < pieces:
+        begin, end = piece_of(0, count, piece, pieces)
+        for block in range(begin, end, 16):
+            for b in range(first, real):
+                for k in range(block, min(block + 16, end)):
+                    y[b * count + chosen[count + k]] = v[(n_in + chosen[k]) * pitch + b]
+        piece = next_piece(progress, levels + 1, piece)
 
 
 @compiled
@@ -213,6 +232,13 @@ def _child_tables(structure):
     return children, child, child + 4 * types.int64(pointer(structure, int32(0))[SUMMED])
 
 
+@inline
+def _level_table(structure):
+    """Address of level_pointer."""
+    _children, _child, child_index = _child_tables(structure)
+    return child_index + 4 * types.int64(pointer(structure, int32(0))[SUMMED])
+
+
 @compiled
 def _backward(like, operands):
     """Rows of `gradient` [value rows, pitch] become d/dz of computed rows and, if `every_row`, d/dx of input rows.
@@ -224,8 +250,8 @@ def _backward(like, operands):
     `d_inputs` [B, inputs] and `d_offset` [neurons, samples] (0: not wanted) receive their part of `gradient`.
     """
     structure, buffer, pitch, weights, slopes, incoming, incoming_pitch, incoming_step, count, picked = operands[:10]
-    gradient, d_weights, d_biases, _clear_weights, _clear_biases, every_row = operands[10:16]
-    d_inputs, d_offset, samples, batch, first, last = operands[16:]
+    gradient, d_weights, d_biases, clear_weights, clear_biases, every_row = operands[10:16]
+    d_inputs, d_offset, samples, batch, first, last, pieces, progress = operands[16:]
     n_in, neurons, edges, rows_at, fields_at, column_at = _row_tables(structure)
     has_max = pointer(structure, int32(0))[MAXIMA] > 0
     row_pointer, fields = pointer(rows_at, int32(0)), pointer(fields_at, int32(0))
@@ -249,71 +275,107 @@ def _backward(like, operands):
         for row in range(lowest, rows):
             for b in range(first, last):
                 g[row * pitch + b] = zero
-    chosen, next_chosen = pointer(picked, int32(0)), count - 1
-    for block in range(0, count, 16):
-        for b in range(first, real):
-            for k in range(block, min(block + 16, count)):
-                place = chosen[count + k]
-                g[(n_in + chosen[k]) * pitch + b] = dy[place * incoming_pitch + b * incoming_step]
-        for k in range(block, min(block + 16, count)):
-            for b in range(real, last):
-                g[(n_in + chosen[k]) * pitch + b] = zero
-
-    for k in range(rows - lowest):
-        row = rows - 1 - k
-        r = row - n_in
-        begun = has_max  # whether row holds a part of its gradient already
-        if next_chosen >= 0 and chosen[next_chosen] == r:
-            begun, next_chosen = True, next_chosen - 1
-        start, stop = types.int64(child_pointer[k]), types.int64(child_pointer[k + 1])
-        at = row * pitch
-        ahead = at - distance * pitch
-        for b in range(first, last, line):
-            prefetch(v, ahead + b)
-            prefetch(g, ahead + b)
-            if count < 0:
-                prefetch(dy, (r - distance) * incoming_pitch + b)
-        if d_weights != 0:
-            pull(g, at, begun, g, pitch, child, child_index, w, start, stop, v, dw, first, last)
-        else:
-            gather(g, at, zero, begun, g, pitch, child, child_index, w, False, start, stop, first, last)
-        if r < 0:
-            continue
-        if count < 0:
+    chosen = pointer(picked, int32(0))
+    piece = next_piece(progress, 0, -1)
+    while piece < pieces:
+        begin, end = piece_of(0, clear_weights, piece, pieces)
+        for k in range(begin, end):
+            dw[k] = zero
+        begin, end = piece_of(0, clear_biases, piece, pieces)
+        for k in range(begin, end):
+            db[k] = zero
+        begin, end = piece_of(0, max(0, count), piece, pieces)
+        for block in range(begin, end, 16):
             for b in range(first, real):
-                g[at + b] += dy[r * incoming_pitch + b]
-        slope = types.int64(fields[r + 3 * neurons])
-        if slope >= 0:
-            for b in range(first, last):
-                g[at + b] *= kept[slope * pitch + b]
-        else:
-            chain(fields[r], g, v, at + first, at + last)
-        for b in range(real, last):
-            g[at + b] = zero
-        if d_biases != 0 and fields[r + 2 * neurons] >= 0:
-            sums = splat(zero)
-            for b in range(first, last, line):
-                sums = add(sums, load(g, at + b))
-            db[fields[r + 2 * neurons]] += total(sums)
-        if fields[r + neurons] == MAX:
-            start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
-            _send_to_largest(g, row, v, pitch, column, index, w, dw, d_weights != 0, lowest, start, stop, first, real)
+                for k in range(block, min(block + 16, end)):
+                    place = chosen[count + k]
+                    g[(n_in + chosen[k]) * pitch + b] = dy[place * incoming_pitch + b * incoming_step]
+            for k in range(block, min(block + 16, end)):
+                for b in range(real, last):
+                    g[(n_in + chosen[k]) * pitch + b] = zero
+        piece_done(progress, 0)
+        piece = next_piece(progress, 0, piece)
+    phase_done(progress, 0, pieces)
 
-    if d_inputs != 0:
-        dx = pointer(d_inputs, like)
-        turn(dx, first * n_in, n_in, g, first, pitch, real - first, n_in)
-    if d_offset != 0:
-        dz = pointer(d_offset, like)
-        for r in range(neurons):
-            for b in range(first, real):
-                dz[r * samples + b] = g[(n_in + r) * pitch + b]
+    # In phases, levels one after the other, the last first; the inputs, which have none, at the end.
+    level_pointer = pointer(_level_table(structure), int32(0))
+    levels = types.int64(pointer(structure, int32(0))[LEVELS]) if progress != 0 else 0
+    for step in range(levels + 1):
+        low, high = lowest, rows
+        if step < levels:
+            low, high = n_in + level_pointer[levels - 1 - step], n_in + level_pointer[levels - step]
+        elif progress != 0:
+            high = n_in
+        piece = next_piece(progress, step + 1, -1)
+        while piece < pieces:
+            begin, end = piece_of(low, max(low, high), piece, pieces)
+            next_chosen = count - 1
+            while next_chosen >= 0 and n_in + chosen[next_chosen] >= end:
+                next_chosen -= 1
+            for row in range(end - 1, begin - 1, -1):
+                k = rows - 1 - row
+                r = row - n_in
+                begun = has_max  # whether row holds a part of its gradient already
+                if next_chosen >= 0 and chosen[next_chosen] == r:
+                    begun, next_chosen = True, next_chosen - 1
+                start, stop = types.int64(child_pointer[k]), types.int64(child_pointer[k + 1])
+                at = row * pitch
+                ahead = at - distance * pitch
+                for b in range(first, last, line):
+                    prefetch(v, ahead + b)
+                    prefetch(g, ahead + b)
+                    if count < 0:
+                        prefetch(dy, (r - distance) * incoming_pitch + b)
+                if d_weights != 0:
+                    pull(g, at, begun, g, pitch, child, child_index, w, start, stop, v, dw, first, last)
+                else:
+                    gather(g, at, zero, begun, g, pitch, child, child_index, w, False, start, stop, first, last)
+                if r < 0:
+                    continue
+                if count < 0:
+                    for b in range(first, real):
+                        g[at + b] += dy[r * incoming_pitch + b]
+                slope = types.int64(fields[r + 3 * neurons])
+                if slope >= 0:
+                    for b in range(first, last):
+                        g[at + b] *= kept[slope * pitch + b]
+                else:
+                    chain(fields[r], g, v, at + first, at + last)
+                for b in range(real, last):
+                    g[at + b] = zero
+                if d_biases != 0 and fields[r + 2 * neurons] >= 0:
+                    sums = splat(zero)
+                    for b in range(first, last, line):
+                        sums = add(sums, load(g, at + b))
+                    db[fields[r + 2 * neurons]] += total(sums)
+                if fields[r + neurons] == MAX:
+                    start, stop = types.int64(row_pointer[r]), types.int64(row_pointer[r + 1])
+                    _send_to_largest(
+                        g, row, v, pitch, column, index, w, dw, d_weights != 0, lowest, start, stop, first, real
+                    )
+            piece_done(progress, step + 1)
+            piece = next_piece(progress, step + 1, piece)
+        phase_done(progress, step + 1, pieces)
+
+    dx, dz = pointer(d_inputs, like), pointer(d_offset, like)
+    piece = next_piece(progress, levels + 2, -1)
+    while piece < pieces and (d_inputs != 0 or d_offset != 0):
+        if d_inputs != 0:
+            begin, end = piece_of(0, n_in, piece, pieces)
+            turn(dx, first * n_in + begin, n_in, g, begin * pitch + first, pitch, real - first, end - begin)
+        if d_offset != 0:
+            begin, end = piece_of(0, neurons, piece, pieces)
+            for r in range(begin, end):
+                for b in range(first, real):
+                    dz[r * samples + b] = g[(n_in + r) * pitch + b]
+        piece = next_piece(progress, levels + 2, piece)
 
 
 @compiled
 def _backward_one(like, operands):
     """`_backward` for batch 1."""
     structure, buffer, _pitch, weights, slopes, incoming, incoming_pitch, _step, count, picked = operands[:10]
-    gradient, d_weights, d_biases, _clear_weights, _clear_biases, every_row = operands[10:16]
+    gradient, d_weights, d_biases, clear_weights, clear_biases, every_row = operands[10:16]
     d_inputs, d_offset, samples = operands[16:19]
     n_in, neurons, edges, rows_at, fields_at, column_at = _row_tables(structure)
     has_max = pointer(structure, int32(0))[MAXIMA] > 0
@@ -328,6 +390,10 @@ def _backward_one(like, operands):
     rows = n_in + neurons
     lowest = 0 if every_row else n_in
 
+    for k in range(clear_weights):
+        dw[k] = constant(0.0, like)
+    for k in range(clear_biases):
+        db[k] = constant(0.0, like)
     if has_max:
         for row in range(lowest, rows):
             g[row] = constant(0.0, like)
@@ -375,7 +441,7 @@ def forward(sources, zero):
     @entry
     def forward(at):
         if sources:
-            operands = words(at, 18)
+            operands = words(at, 20)
             if operands[2] == 1:
                 _forward_one(zero, operands)
             else:
@@ -389,13 +455,7 @@ def backward(sources, zero):
     @entry
     def backward(at):
         if sources:
-            operands = words(at, 22)
-            d_weights, d_biases, clear_weights, clear_biases = operands[11:15]
-            dw, db = pointer(d_weights, zero), pointer(d_biases, zero)
-            for k in range(clear_weights):
-                dw[k] = zero
-            for k in range(clear_biases):
-                db[k] = zero
+            operands = words(at, 24)
             if operands[2] == 1:
                 _backward_one(zero, operands)
             else:

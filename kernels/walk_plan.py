@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -110,6 +111,12 @@ class WalkPlan:
             f"WalkPlan({self.inputs} inputs -> {self.neurons} neurons, {self.edges} edges, {self.levels} levels, "
             f"{self.weights} weights, {self.biases} biases)"
         )
+
+    @cached_property
+    def nothing_shared(self) -> bool:
+        """Whether no two edges have one weight and no two rows one bias: sums of gradients do not meet."""
+        bias = self.bias[self.bias >= 0]
+        return all(not len(a) or int(np.bincount(a).max()) < 2 for a in (self.weight, bias))
 
     @property
     def rows(self) -> int:
