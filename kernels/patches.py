@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irgrow.kernels import gpu
-from irgrow.kernels.outer import accumulate, accumulate_gram, add_products, mirror
+from irgrow.kernels.outer import Product, accumulate, accumulate_gram, add_products, adding, mirror
 
 Pair = tuple[int, int]
 PIXELS = 8192  # per float32 product
@@ -514,6 +514,9 @@ def _cross_sums(
     dtype, (batch, channels), outputs = _precision(x, y), x.shape[:2], y.shape[1]
     total = torch.zeros(len(wanted), outputs, channels, dtype=torch.float64, device=x.device)
     tiles = _moves_planes(total, dtype)
+    # What stands right is read in whole lines by the compiled tiles: the wider one.
+    wide = tiles and outputs > channels and not gpu.runs_triton(x.device, dtype)
+    total = total.new_zeros(len(wanted), channels, outputs) if wide else total
     grid = _Grid.for_cross(rows, columns)
     step = min(grid.images(_pixels(x.device, dtype)), max(1, batch))
     planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in _phases(rows, columns)}
@@ -530,7 +533,10 @@ def _cross_sums(
             moves = []
             for at, (row, column, missed) in enumerate(wanted):
                 landing, plane = landings[missed], planes[row.phase, column.phase]
-                moves.append((total[at], landing, plane, (row.offset, column.offset)))
+                if wide:
+                    moves.append((total[at], plane, landing, (-row.offset, -column.offset)))
+                else:
+                    moves.append((total[at], landing, plane, (row.offset, column.offset)))
             _add_moved(moves, count)
             continue
         lefts: dict[object, Tensor] = {}
@@ -541,7 +547,7 @@ def _cross_sums(
             left = lefts[missed]
             right = planes[row.phase, column.phase].pixels((row.offset, column.offset), left.shape[1])
             add_products(total[at], left, right.T)
-    return total
+    return total.mT if wide else total
 
 
 def _without(y: Tensor, missed: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
@@ -594,7 +600,7 @@ def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> Non
 
 def _moves_planes(sums: Tensor, dtype: torch.dtype) -> bool:
     """Whether products into `sums` are taken from planes alone, by `_add_moved`."""
-    return gpu.runs_triton(sums.device, dtype)
+    return adding(sums.device, dtype) is not None
 
 
 def _pixels(device: torch.device, dtype: torch.dtype) -> int:
@@ -603,25 +609,22 @@ def _pixels(device: torch.device, dtype: torch.dtype) -> int:
 
 def _add_pairs(pairs: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> None:
     """Each `out` grows by left right^T, left and right [C, pixels]."""
-    if gpu.runs_triton(pairs[0][0].device, dtype):
-        from irgrow.kernels.outer_triton import Product, add
-
-        add([Product(out, left.T, right.T) for out, left, right in pairs])
+    engine = adding(pairs[0][0].device, dtype)
+    if engine is not None:
+        engine.add([Product(out, left.T, right.T) for out, left, right in pairs])
         return
     for out, left, right in pairs:
         add_products(out, left, right)
 
 
 def _add_moved(moves: list[tuple[Tensor, _Plane, _Plane, Pair]], images: int) -> None:
-    """Each `out` grows by the sum over pixels p of left(p) right(p + shift)^T, all in one launch.
+    """Each `out` grows by the sum over pixels p of left(p) right(p + shift)^T, all in one call.
 
     Of a plane with itself at no shift only what is not below the diagonal.
     """
-    from irgrow.kernels.outer_triton import Product, add
-
-    grid = moves[0][1].grid
+    grid, flat = moves[0][1].grid, moves[0][1].flat
     count = images * grid.size[0] * grid.size[1]
-    add(
+    adding(flat.device, flat.dtype).add(
         [
             Product(out, left.pixels((0, 0), count), right.pixels(shift, count), left is right and shift == (0, 0))
             for out, left, right, shift in moves
@@ -632,12 +635,12 @@ def _add_moved(moves: list[tuple[Tensor, _Plane, _Plane, Pair]], images: int) ->
 class _Strips:
     """Rows, columns and pixels of a few images, each [C, B * length], with zeros after every row or column.
 
-    Where Triton multiplies, the channels of a pixel lie side by side.
+    Where planes are multiplied, the channels of a pixel lie side by side.
     """
 
     def __init__(self, plan: _Plan, x: Tensor) -> None:
         self.plan, self.x = plan, x
-        self.by_pixel = gpu.runs_triton(x.device, x.dtype)
+        self.by_pixel = adding(x.device, x.dtype) is not None
         self.cache: dict[tuple[Pair, int | None, int | None], Tensor] = {}
 
     def pair(self, term: _Term) -> tuple[Tensor, Tensor]:
