@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from irgrow.kernels import outer_numba
@@ -22,27 +23,44 @@ def add(products: Sequence[Product], *, scale: float = 1.0) -> None:
 
     All features of a call have one dtype (float32 or float64), all `out` rows without gaps between their entries.
     """
-    products = [product for product in products if len(product.left) and product.out.numel()]
-    if not products:
-        return
-    dtype = products[0].left.dtype
-    rows, items, work = [], 0, 0
-    rights = [p.right if p.right.stride(1) == 1 or p.right.shape[1] == 1 else p.right.contiguous() for p in products]
-    for product, right in zip(products, rights, strict=True):
-        out, left = product.out, product.left
-        if {left.dtype, right.dtype} != {dtype} or (out.stride(-1) != 1 and out.shape[1] > 1):
+    rows, kept, dtype = [], [], products[0].left.dtype if products else torch.float32
+    for product in products:
+        out, left, right = product.out, product.left, product.right
+        n, (p, q), (left_step, left_row) = left.shape[0], out.shape, left.stride()
+        if not n or not p or not q:
+            continue
+        if right.stride(1) != 1 and q > 1:
+            right = right.contiguous()
+            kept.append(right)  # until the job is done
+        if left.dtype != dtype or right.dtype != dtype or (out.stride(1) != 1 and q > 1):
             raise ValueError("outer_cpu: features of one dtype and out with rows without gaps expected")
-        p, q = out.shape
-        address = out.data_ptr(), out.stride(0), left.data_ptr(), left.stride(1), left.stride(0)
-        rows.append((*address, right.data_ptr(), right.stride(0), len(left), p, q, int(product.symmetric)))
-        bands, groups = -(-p // _WIDTH[dtype]), -(-q // _WIDTH[dtype])
-        items += groups * (groups + 1) // 2 if product.symmetric else bands * groups
-        work += p * q * min(len(left), _SAMPLES) // (2 if product.symmetric else 1)
-    table, factor = np.array(rows, dtype=np.int64), np.array([scale])
-    left, left_step, right, right_pitch, counts = (table[:, at] for at in (2, 4, 5, 6, 7))
-    lengths, size = counts.copy(), dtype.itemsize
-    for start in range(0, int(lengths.max()), _SAMPLES):
-        counts[:] = np.clip(lengths - start, 0, _SAMPLES)
-        work_on(_JOB[dtype].address, (items, table.ctypes.data, factor.ctypes.data), items, work)
-        left += _SAMPLES * left_step * size
-        right += _SAMPLES * right_pitch * size
+        address = out.data_ptr(), out.stride(0), left.data_ptr(), left_row, left_step, right.data_ptr(), right.stride(0)
+        rows.append((*address, n, p, q, product.symmetric))
+    if rows:
+        add_table(np.array(rows, dtype=np.int64), dtype, scale=scale)
+
+
+def add_table(table: NDArray[np.int64], dtype: torch.dtype, *, scale: float = 1.0) -> None:
+    """`add` of the products that rows of the table [products, 11] describe, as outer_numba reads them.
+
+    The caller keeps the memory that it points to. The table is written to.
+    """
+    p, q, symmetric = table[:, 8], table[:, 9], table[:, 10]
+    bands, groups = -(-p // _WIDTH[dtype]), -(-q // _WIDTH[dtype])
+    items = int(np.where(symmetric, groups * (groups + 1) // 2, bands * groups).sum())
+    work = int((p * q // (1 + symmetric) * np.minimum(table[:, 7], _SAMPLES)).sum())
+    factor, job = np.array([scale]), _JOB[dtype].address
+    lengths, longest = table[:, 7].copy(), int(table[:, 7].max())
+    for start in range(0, longest, _SAMPLES):
+        if longest > _SAMPLES:
+            table[:, 7] = np.clip(lengths - start, 0, _SAMPLES)
+        work_on(job, (items, table.ctypes.data, factor.ctypes.data), items, work)
+        table[:, 2] += _SAMPLES * dtype.itemsize * table[:, 4]
+        table[:, 5] += _SAMPLES * dtype.itemsize * table[:, 6]
+
+
+def fill_grid(target: Tensor, images: Tensor, height: int, width: int) -> None:
+    """target [B * height * width, C] holds images [B, C, h, w] pixel after pixel, zeros where a grid goes on."""
+    numbers = target.data_ptr(), images.data_ptr(), *images.stride(), *images.shape[1:], height, width
+    job = outer_numba.fill_single if target.dtype == torch.float32 else outer_numba.fill_double
+    work_on(job.address, (images.shape[0], *numbers), images.shape[0], images.shape[0] * images.shape[1] * height * width)

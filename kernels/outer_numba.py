@@ -85,6 +85,39 @@ def _add(like, job):
         item = next_of(job, 1)
 
 
+@compiled
+def _fill(like, job):
+    """Images of a job, pixel after pixel with the channels together, zeros after each row and after the last one."""
+    images, target, source = job[1], pointer(job[2], like), pointer(job[3], like)
+    image_step, channel_step, row_step, column_step = job[4], job[5], job[6], job[7]
+    channels, rows, columns, height, width = job[8], job[9], job[10], job[11], job[12]
+    zero = constant(0.0, like)
+    image = next_of(job, 1)
+    while image < images:
+        for y in range(height):
+            at = (image * height + y) * width * channels
+            filled = columns if y < rows else 0
+            begin = image * image_step + y * row_step
+            for x in range(filled):
+                for c in range(channels):
+                    target[at + x * channels + c] = source[begin + x * column_step + c * channel_step]
+            for k in range(filled * channels, width * channels):
+                target[at + k] = zero
+        image = next_of(job, 1)
+
+
+@cfunc(types.void(types.intp), cache=True, fastmath={"contract"}, error_model="numpy")
+def fill_single(at):
+    """Images of a job on their grid, float32."""
+    _fill(float32(0), pointer(at, int64(0)))
+
+
+@cfunc(types.void(types.intp), cache=True, fastmath={"contract"}, error_model="numpy")
+def fill_double(at):
+    """Images of a job on their grid, float64."""
+    _fill(float64(0), pointer(at, int64(0)))
+
+
 @cfunc(types.void(types.intp), cache=True, fastmath={"contract"}, error_model="numpy")
 def add_single(at):
     """All sums of a job, float32 operands."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -463,8 +464,10 @@ class _Grid:
         return max(1, pixels // (self.height * self.width))
 
     def planes(self, images: int, channels: int, device: torch.device, dtype: torch.dtype) -> _Plane:
-        margin = self.dy * self.width + self.dx
-        flat = torch.zeros(2 * margin + images * self.height * self.width, channels, dtype=dtype, device=device)
+        margin, count = self.dy * self.width + self.dx, images * self.height * self.width
+        flat = torch.empty(2 * margin + count, channels, dtype=dtype, device=device)
+        flat[:margin] = 0.0
+        flat[margin + count :] = 0.0
         return _Plane(self, margin, flat)
 
 
@@ -477,11 +480,17 @@ class _Plane:
     flat: Tensor  # [margin + images * height * width + margin, C]
 
     def fill(self, x: Tensor) -> None:
-        """x [B, C, h, w] of at most as many images as there is room for; the others keep what they held."""
-        inside = self.flat[self.margin : len(self.flat) - self.margin]
-        inside = inside.view(-1, *self.grid.size, self.flat.shape[1])
-        inside[: len(x), : x.shape[2], : x.shape[3]] = x.permute(0, 2, 3, 1)
-        inside[len(x) : len(x) + 1, : self.grid.dy + 1] = 0.0  # what shifted pixels of the last image may meet
+        """x [B, C, h, w] of at most as many images as there is room for; what follows them is zero as far as it is met."""
+        images, (height, width) = x.shape[0], self.grid.size
+        inside = self.flat[self.margin : self.flat.shape[0] - self.margin]
+        engine = adding(x.device, self.flat.dtype)
+        if engine is not None and not gpu.runs_triton(x.device, x.dtype):
+            engine.fill_grid(inside, x.to(self.flat.dtype), height, width)
+        else:
+            grid = inside.view(-1, height, width, self.flat.shape[1])[:images]
+            grid.zero_()
+            grid[:, : x.shape[2], : x.shape[3]] = x.permute(0, 2, 3, 1)
+        inside[images * height * width :][: self.margin] = 0.0
 
     def pixels(self, shift: Pair, count: int) -> Tensor:
         """[count, C]: at index p the pixel at p + shift."""
@@ -534,10 +543,10 @@ def _cross_sums(
             for at, (row, column, missed) in enumerate(wanted):
                 landing, plane = landings[missed], planes[row.phase, column.phase]
                 if wide:
-                    moves.append((total[at], plane, landing, (-row.offset, -column.offset)))
+                    moves.append((at, plane, landing, (-row.offset, -column.offset)))
                 else:
-                    moves.append((total[at], landing, plane, (row.offset, column.offset)))
-            _add_moved(moves, count)
+                    moves.append((at, landing, plane, (row.offset, column.offset)))
+            _add_moved(total, moves, count)
             continue
         lefts: dict[object, Tensor] = {}
         for at, (row, column, missed) in enumerate(wanted):
@@ -587,7 +596,7 @@ def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> Non
             places[phase][:, : len(part), : image.shape[2], : image.shape[3]] = image.transpose(0, 1)
             left[phase] = places[phase][:, : len(part)].reshape(channels, -1)
         if moves_planes:
-            _add_moved([(sums[at], planes[t.left], planes[t.right], t.shift) for at, t in whole], len(part))
+            _add_moved(sums, [(at, planes[t.left], planes[t.right], t.shift) for at, t in whole], len(part))
             continue
         for at, term in whole:
             right = planes[term.right].pixels(term.shift, left[term.left].shape[1])
@@ -617,19 +626,31 @@ def _add_pairs(pairs: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -
         add_products(out, left, right)
 
 
-def _add_moved(moves: list[tuple[Tensor, _Plane, _Plane, Pair]], images: int) -> None:
-    """Each `out` grows by the sum over pixels p of left(p) right(p + shift)^T, all in one call.
+def _add_moved(sums: Tensor, moves: list[tuple[int, _Plane, _Plane, Pair]], images: int) -> None:
+    """sums[at] grows by the sum over pixels p of left(p) right(p + shift)^T for every move, all in one call.
 
     Of a plane with itself at no shift only what is not below the diagonal.
     """
     grid, flat = moves[0][1].grid, moves[0][1].flat
-    count = images * grid.size[0] * grid.size[1]
-    adding(flat.device, flat.dtype).add(
-        [
-            Product(out, left.pixels((0, 0), count), right.pixels(shift, count), left is right and shift == (0, 0))
-            for out, left, right, shift in moves
-        ]
-    )
+    count, engine = images * grid.size[0] * grid.size[1], adding(flat.device, flat.dtype)
+    if gpu.runs_triton(flat.device, flat.dtype):
+        engine.add(
+            [
+                Product(sums[at], left.pixels((0, 0), count), right.pixels(shift, count), left is right and shift == (0, 0))
+                for at, left, right, shift in moves
+            ]
+        )
+        return
+    # Four dozen products of a few thousand pixels: describing tensors one by one would take as long as they do.
+    size, starts = flat.element_size(), {id(plane): plane.flat.data_ptr() for move in moves for plane in move[1:3]}
+    (_, p, q), pitch, out_step = sums.shape, sums.stride(1), 8 * sums.stride(0)
+    table, out, margin = [], sums.data_ptr(), moves[0][1].margin
+    for at, left, right, (dy, dx) in moves:
+        first = starts[id(left)] + margin * p * size
+        second = starts[id(right)] + (margin + dy * grid.width + dx) * q * size
+        symmetric = left is right and dy == 0 and dx == 0
+        table.append((out + at * out_step, pitch, first, 1, p, second, q, count, p, q, symmetric))
+    engine.add_table(np.array(table, dtype=np.int64), flat.dtype)
 
 
 class _Strips:
