@@ -50,17 +50,25 @@ def add_table(table: NDArray[np.int64], dtype: torch.dtype, *, scale: float = 1.
     items = int(np.where(symmetric, groups * (groups + 1) // 2, bands * groups).sum())
     work = int((p * q // (1 + symmetric) * np.minimum(table[:, 7], _SAMPLES)).sum())
     factor, job = np.array([scale]), _JOB[dtype].address
-    lengths, longest = table[:, 7].copy(), int(table[:, 7].max())
+    numbers, lengths, longest = (items, table.ctypes.data, factor.ctypes.data), table[:, 7].copy(), table[:, 7].max()
+    steps = _SAMPLES * dtype.itemsize * table[:, (4, 6)]
     for start in range(0, longest, _SAMPLES):
         if longest > _SAMPLES:
-            table[:, 7] = np.clip(lengths - start, 0, _SAMPLES)
-        work_on(job, (items, table.ctypes.data, factor.ctypes.data), items, work)
-        table[:, 2] += _SAMPLES * dtype.itemsize * table[:, 4]
-        table[:, 5] += _SAMPLES * dtype.itemsize * table[:, 6]
+            table[:, 7] = np.minimum(np.maximum(lengths - start, 0), _SAMPLES)
+        work_on(job, numbers, items, work)
+        table[:, (2, 5)] += steps
 
 
-def fill_grid(target: Tensor, images: Tensor, height: int, width: int) -> None:
-    """target [B * height * width, C] holds images [B, C, h, w] pixel after pixel, zeros where a grid goes on."""
-    numbers = target.data_ptr(), images.data_ptr(), *images.stride(), *images.shape[1:], height, width
-    job = outer_numba.fill_single if target.dtype == torch.float32 else outer_numba.fill_double
-    work_on(job.address, (images.shape[0], *numbers), images.shape[0], images.shape[0] * images.shape[1] * height * width)
+def fill_grids(targets: Sequence[Tensor], images: Sequence[Tensor], margin: int, height: int, width: int) -> None:
+    """Each target [.., C] holds after `margin` pixels its images [B, C, h, w], all B alike: pixel after pixel, row
+    after row of `width`, `height` of them per image, zeros where an image has no more.
+    """
+    first, count = images[0], images[0].shape[0]
+    channels, size = targets[0].shape[1], targets[0].element_size()
+    rows = [(t.data_ptr() + margin * channels * size, x.data_ptr(), *x.stride(), *x.shape[2:])
+            for t, x in zip(targets, images, strict=True)]  # fmt: skip
+    table = np.array(rows, dtype=np.int64)
+    job = outer_numba.fill_single if first.dtype == torch.float32 else outer_numba.fill_double
+    items = count * len(rows)
+    numbers = items, table.ctypes.data, count, channels, height, width
+    work_on(job.address, numbers, items, items * channels * height * width)

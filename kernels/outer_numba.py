@@ -20,6 +20,7 @@ from irgrow.kernels.tiles import ROWS, add_line, grow_two, next_of, sum_one, sum
 PIECE = 256  # samples summed in registers
 PRODUCT = 11  # numbers of a product: out, its pitch; left, its pitches along columns and samples; right, its pitch;
 # samples, rows and columns of out, whether it is symmetric
+GRID = 8  # of images to lay out: target, source, its pitches along images, channels, rows and columns, rows, columns
 
 
 @compiled
@@ -88,22 +89,23 @@ def _add(like, job):
 @compiled
 def _fill(like, job):
     """Images of a job, pixel after pixel with the channels together, zeros after each row and after the last one."""
-    images, target, source = job[1], pointer(job[2], like), pointer(job[3], like)
-    image_step, channel_step, row_step, column_step = job[4], job[5], job[6], job[7]
-    channels, rows, columns, height, width = job[8], job[9], job[10], job[11], job[12]
+    items, count, channels, height, width = job[1], job[3], job[4], job[5], job[6]
     zero = constant(0.0, like)
-    image = next_of(job, 1)
-    while image < images:
+    item = next_of(job, 1)
+    while item < items:
+        grid, image = pointer(job[2] + 8 * GRID * (item // count), int64(0)), item % count
+        target, source = pointer(grid[0], like), pointer(grid[1], like)
+        channel_step, column_step, rows, columns = grid[3], grid[5], grid[6], grid[7]
         for y in range(height):
             at = (image * height + y) * width * channels
             filled = columns if y < rows else 0
-            begin = image * image_step + y * row_step
-            for x in range(filled):
-                for c in range(channels):
+            begin = image * grid[2] + y * grid[4]
+            for c in range(channels):  # the row of the target stays in the cache; channels may lie a page apart
+                for x in range(filled):
                     target[at + x * channels + c] = source[begin + x * column_step + c * channel_step]
             for k in range(filled * channels, width * channels):
                 target[at + k] = zero
-        image = next_of(job, 1)
+        item = next_of(job, 1)
 
 
 @cfunc(types.void(types.intp), cache=True, fastmath={"contract"}, error_model="numpy")
