@@ -14,12 +14,13 @@ from __future__ import annotations
 from numba import cfunc, float32, float64, int64, types
 
 from irgrow.kernels.activations_numba import compiled
-from irgrow.kernels.lanes import constant, lanes_of, pointer, splat
+from irgrow.kernels.lanes import constant, lanes_of, pointer, prefetch, splat
 from irgrow.kernels.tiles import ROWS, add_line, grow_two, next_of, sum_one, sum_two
 
 PIECE = 256  # samples summed in registers
 PRODUCT = 11  # numbers of a product: out, its pitch; left, its pitches along columns and samples; right, its pitch;
 # samples, rows and columns of out, whether it is symmetric
+AHEAD = 1  # rows of an image that are asked for early
 GRID = 8  # of images to lay out: target, source, its pitches along images, channels, rows and columns, rows, columns
 
 
@@ -90,7 +91,7 @@ def _add(like, job):
 def _fill(like, job):
     """Images of a job, pixel after pixel with the channels together, zeros after each row and after the last one."""
     items, count, channels, height, width = job[1], job[3], job[4], job[5], job[6]
-    zero = constant(0.0, like)
+    zero, line = constant(0.0, like), lanes_of(like)
     item = next_of(job, 1)
     while item < items:
         grid, image = pointer(job[2] + 8 * GRID * (item // count), int64(0)), item % count
@@ -101,6 +102,9 @@ def _fill(like, job):
             filled = columns if y < rows else 0
             begin = image * grid[2] + y * grid[4]
             for c in range(channels):  # the row of the target stays in the cache; channels may lie a page apart
+                ahead = begin + AHEAD * grid[4] + c * channel_step
+                for x in range(0, filled * column_step, line):
+                    prefetch(source, ahead + x)
                 for x in range(filled):
                     target[at + x * channels + c] = source[begin + x * column_step + c * channel_step]
             for k in range(filled * channels, width * channels):
