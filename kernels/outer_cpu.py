@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from irgrow.kernels import outer_numba
+from irgrow.kernels import outer_numba, substitution_numba
 from irgrow.kernels.outer import Product
 from irgrow.kernels.shared import work_on
 
@@ -72,3 +72,17 @@ def fill_grids(targets: Sequence[Tensor], images: Sequence[Tensor], margin: int,
     items = count * len(rows)
     numbers = items, table.ctypes.data, count, channels, height, width
     work_on(job.address, numbers, items, items * channels * height * width)
+
+
+def substitute(factor: Tensor, x: Tensor, *, first: int, columns: tuple[int, int], upper: bool = False) -> None:
+    """Rows of x, from `first` to those of the factor, solve factor x = what stood there, in these columns; float64.
+
+    factor [d, d] triangular (the other side is never read), x with whole lines for columns in groups of
+    `substitution_numba.COLUMNS`. With `first` the rows before are solutions already (lower triangular only).
+    """
+    size, (begin, end) = factor.shape[0], columns
+    items = -(-(end - begin) // substitution_numba.COLUMNS)
+    address = factor.data_ptr(), factor.stride(0), factor.stride(1), x.data_ptr(), x.stride(0)
+    job = substitution_numba.substitute.address
+    work = (size * size - first * first) // 2 * (end - begin)
+    work_on(job, (items, *address, first, size, begin, size if upper else 0), items, work)

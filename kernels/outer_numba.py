@@ -11,17 +11,26 @@ which thread computes them changes no bit of the result.
 
 from __future__ import annotations
 
+import inspect
+import sys
+import zlib
+from typing import Any
+
 from numba import cfunc, float32, float64, int64, types
 
+from irgrow.kernels import lanes, tiles
 from irgrow.kernels.activations_numba import compiled
 from irgrow.kernels.lanes import constant, lanes_of, pointer, prefetch, splat
 from irgrow.kernels.tiles import ROWS, add_line, grow_two, next_of, sum_one, sum_two
 
+SOURCES = zlib.crc32("".join(inspect.getsource(file) for file in (lanes, tiles, sys.modules[__name__])).encode())
 PIECE = 256  # samples summed in registers
-PRODUCT = 11  # numbers of a product: out, its pitch; left, its pitches along columns and samples; right, its pitch;
-# samples, rows and columns of out, whether it is symmetric
+# Numbers of a product: out, its pitch; left, its pitches along columns and samples; right, its pitch; samples; rows and
+# columns of out; whether it is symmetric.
+PRODUCT = 11
 AHEAD = 1  # rows of an image that are asked for early
-GRID = 8  # of images to lay out: target, source, its pitches along images, channels, rows and columns, rows, columns
+# And of a grid: target; source, its pitches along images, channels, rows and columns; rows and columns of an image.
+GRID = 8
 
 
 @compiled
@@ -62,7 +71,7 @@ def _tile(like, scale, product, band, group):
 @compiled
 def _add(like, job):
     """Items of the products of a job, one after the other, until none is left: other threads take some too."""
-    items, products, scale = job[1], pointer(job[2], int64(0)), pointer(job[3], float64(0))[0]
+    items, scale = job[1], pointer(job[3], float64(0))[0]
     width = 2 * lanes_of(like)
     item = next_of(job, 1)
     at, before = 0, 0  # the product of the item, and how many items come before its
@@ -112,25 +121,34 @@ def _fill(like, job):
         item = next_of(job, 1)
 
 
-@cfunc(types.void(types.intp), cache=True, fastmath={"contract"}, error_model="numpy")
-def fill_single(at):
-    """Images of a job on their grid, float32."""
-    _fill(float32(0), pointer(at, int64(0)))
+# --- entry points ---------------------------------------------------------------------------------------------
 
 
-@cfunc(types.void(types.intp), cache=True, fastmath={"contract"}, error_model="numpy")
-def fill_double(at):
-    """Images of a job on their grid, float64."""
-    _fill(float64(0), pointer(at, int64(0)))
+def _entry_points(sources: int) -> tuple[Any, ...]:
+    """What `work_on` runs: functions of the address of a job. `sources` makes a change of any source compile anew."""
+    entry: Any = cfunc(types.int64(types.intp), cache=True, fastmath={"contract"}, error_model="numpy")
+
+    @entry
+    def add_single(at):
+        _add(float32(0), pointer(at, int64(0)))
+        return sources
+
+    @entry
+    def add_double(at):
+        _add(float64(0), pointer(at, int64(0)))
+        return sources
+
+    @entry
+    def fill_single(at):
+        _fill(float32(0), pointer(at, int64(0)))
+        return sources
+
+    @entry
+    def fill_double(at):
+        _fill(float64(0), pointer(at, int64(0)))
+        return sources
+
+    return add_single, add_double, fill_single, fill_double
 
 
-@cfunc(types.void(types.intp), cache=True, fastmath={"contract"}, error_model="numpy")
-def add_single(at):
-    """All sums of a job, float32 operands."""
-    _add(float32(0), pointer(at, int64(0)))
-
-
-@cfunc(types.void(types.intp), cache=True, fastmath={"contract"}, error_model="numpy")
-def add_double(at):
-    """All sums of a job, float64 operands."""
-    _add(float64(0), pointer(at, int64(0)))
+add_single, add_double, fill_single, fill_double = _entry_points(SOURCES)

@@ -548,9 +548,8 @@ class _Moves:
     def of(cls, grid: _Grid, moves: Iterable[tuple[int, int, int, Pair, bool]]) -> _Moves:
         at, left, right, shift, symmetric = zip(*moves, strict=True)
         offset = [dy * grid.width + dx for dy, dx in shift]
-        numbers = (np.array(column, dtype=np.int64) for column in (at, left, right, offset, symmetric))
-        at, left, right, offset, symmetric = numbers
-        return cls(at, left, right, shift, offset, symmetric)
+        a, b, c, d, e = (np.array(column, dtype=np.int64) for column in (at, left, right, offset, symmetric))
+        return cls(a, b, c, shift, d, e)
 
     def add(self, sums: Tensor, lefts: Sequence[_Plane], rights: Sequence[_Plane], images: int) -> None:
         """Adds all products to their sums in one call; of symmetric ones only what is not below the diagonal."""
@@ -669,9 +668,7 @@ def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> Non
     by_phase = dict(zip(phases, planes, strict=True))
     # The same pixels with each channel's together: what stands left in a product.
     tiles = _moves_planes(sums, dtype)
-    places = (
-        {} if tiles else {p: torch.zeros(channels, step, *grid.size, dtype=dtype, device=x.device) for p in phases}
-    )
+    places = {} if tiles else {p: torch.zeros(channels, step, *grid.size, dtype=dtype, device=x.device) for p in phases}
     for a in range(0, len(x), step):
         part = x[a : a + step]
         images = [_phase(part, phase, plan.rows, plan.columns) for phase in phases]

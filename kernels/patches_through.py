@@ -143,4 +143,5 @@ def _plan(inner: tuple[_Axis, _Axis], outer: tuple[_Axis, _Axis], tap: int | Non
         for a, b in taps
     ]
     reads = tuple((row.tap, column.tap, (row.missed, column.missed)) for row, column in found)
-    return _Plan(_Reads(rows, columns, reads), torch.tensor(index), tuple((rows.inside[a], columns.inside[b]) for a, b in taps))
+    inside = tuple((rows.inside[a], columns.inside[b]) for a, b in taps)
+    return _Plan(_Reads(rows, columns, reads), torch.tensor(index), inside)

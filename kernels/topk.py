@@ -145,7 +145,7 @@ def _last_eigenvectors(P: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values[n - k :], vectors[:, n - k :]
     gram = np.zeros((n, -(-n // held.LINE) * held.LINE))
     mirror(accumulate_gram(torch.from_numpy(gram)[:, :n], P))
-    diagonal, beside, factors = held.reduce(gram)
+    diagonal, beside, factors, _ = held.reduce(gram)
     found, small = scipy.linalg.eigh_tridiagonal(diagonal, beside, select="i", select_range=(n - k, n - 1))
     vectors = np.ascontiguousarray(small)
     held.carry_back(gram, factors, vectors)

@@ -9,17 +9,24 @@ same pass, so the matrix is read and written once per column, which is what this
 
 from __future__ import annotations
 
+import inspect
+import sys
+import zlib
+from typing import Any
+
 import numpy as np
 from numba import njit
 
+from irgrow.kernels import lanes
+from irgrow.kernels.activations_numba import compiled
 from irgrow.kernels.lanes import LINE_BYTES, load, multiply_add, pointer, splat, store, total, totals
 
-_compiled = njit(cache=True, nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+SOURCES = zlib.crc32("".join(inspect.getsource(file) for file in (lanes, sys.modules[__name__])).encode())
 LINE = LINE_BYTES // 8
 
 
-@_compiled
-def reduce(matrix):
+@compiled
+def _reduce(matrix):
     """(diagonal [n], beside it [n - 1], factors [n]): H matrix H for H = H_0 H_1 ..., H_k = 1 - factors[k] v_k v_k^T.
 
     matrix [n, pitch], whole lines, the first n columns symmetric; afterwards v_k stands in row k right of the diagonal.
@@ -94,9 +101,9 @@ def reduce(matrix):
     return diagonal, beside, factors
 
 
-@_compiled
-def carry_back(matrix, factors, vectors):
-    """vectors [n, k] become H vectors, for the H of `reduce`."""
+@compiled
+def _carry_back(matrix, factors, vectors):
+    """vectors [n, k] become H vectors, for the H of `_reduce`."""
     n, count = vectors.shape
     sums = np.zeros(count)
     for k in range(n - 2, -1, -1):
@@ -109,3 +116,23 @@ def carry_back(matrix, factors, vectors):
         for i in range(k + 1, n):
             for c in range(count):
                 vectors[i, c] -= factors[k] * matrix[k, i] * sums[c]
+
+
+def _entry_points(sources: int) -> tuple[Any, ...]:
+    """The functions Python calls. `sources` makes a change of any source compile anew."""
+    entry: Any = njit(cache=True, nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+
+    @entry
+    def reduce(matrix):
+        found = _reduce(matrix)
+        return found[0], found[1], found[2], sources
+
+    @entry
+    def carry_back(matrix, factors, vectors):
+        _carry_back(matrix, factors, vectors)
+        return sources
+
+    return reduce, carry_back
+
+
+reduce, carry_back = _entry_points(SOURCES)

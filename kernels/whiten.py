@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irgrow.kernels.outer import Product, adding
+from irgrow.kernels.outer import Product, compiled
 
 # A sum of float32 products has, measured, eigenvalues up to 3e-8 of the largest that are rounding noise: what is
 # below cannot be told from zero, and dividing by it would make noise the largest direction.
@@ -26,8 +26,8 @@ RTOL = 1e-7
 # How far below zero (relative) rounding may push an eigenvalue, and how far S and S^T may differ.
 ROUNDING = 1e-6
 _MARGIN = 8.0  # the estimate of the smallest eigenvalue may be this much too large
-_PANEL = 64  # rows per step of blocked factorisation and substitution
-_COLUMNS = 8  # with fewer right-hand sides nothing is gained by products
+_PANEL = 96  # rows per step of the factorisation
+_GROUP = 16  # columns of a triangular system that are solved together
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,50 +141,50 @@ def whiten_cost(d: int) -> tuple[int, int]:
 def _cholesky(S: Tensor) -> Tensor | None:
     """L with S = L L^T, or None where a pivot is not positive. Junk stays above the diagonal.
 
-    One matrix goes in panels, whose products our own tiles make: a third of the time of LAPACK's potrf as MKL ships
-    it, on machines without AVX-512 there.
+    One matrix goes in panels: what is left of a panel's rows is a triangular system with the rows before.
     """
-    d, engine = S.shape[-1], _engine(S)
+    d, engine = S.shape[-1], _compiled(S)
     if engine is None:
         L, info = torch.linalg.cholesky_ex(S)
         return L if not bool(info.any()) else None
-    U = S.clone(memory_format=torch.contiguous_format)  # L^T: its rows are what later panels multiply
+    U = _in_lines(S)  # L^T: its rows are what later panels multiply
     for a in range(0, d, _PANEL):
         b = min(a + _PANEL, d)
+        corner = U[a:b, a:b]
         if a:
-            engine.add([Product(U[a:b, a:], U[:a, a:b], U[:a, a:])], scale=-1.0)
-        pivot, info = torch.linalg.cholesky_ex(U[a:b, a:b])
+            engine.add([Product(corner, U[:a, a:b], U[:a, a:b])], scale=-1.0)
+        pivot, info = torch.linalg.cholesky_ex(corner)
         if int(info):
             return None
-        U[a:b, a:b] = pivot.mT
+        corner.copy_(pivot.mT)
         if b < d:
-            U[a:b, b:] = torch.linalg.solve_triangular(pivot, U[a:b, b:], upper=False)
-    return U.mT
+            engine.substitute(U[:b, :b].mT, U, first=a, columns=(b, d))
+    return U[:, :d].mT
 
 
 def _solve(L: Tensor, B: Tensor, *, transposed: bool = False) -> Tensor:
-    """L^{-1} B, or L^{-T} B: in panels, as the Cholesky factor of one matrix."""
-    engine, d = _engine(L), L.shape[-1]
-    if engine is None or B.shape[-1] < _COLUMNS:
+    """L^{-1} B, or L^{-T} B, for the Cholesky factor L."""
+    engine = _compiled(L)
+    if engine is None or B.ndim > 2:
         return torch.linalg.solve_triangular(L.mT if transposed else L, B, upper=transposed)
-    X = B.clone(memory_format=torch.contiguous_format)
-    starts = range(0, d, _PANEL)
-    for a in reversed(starts) if transposed else starts:
-        b = min(a + _PANEL, d)
-        done = slice(b, d) if transposed else slice(0, a)
-        left = L[done, a:b] if transposed else L[a:b, done].mT
-        if left.numel():
-            engine.add([Product(X[a:b], left, X[done])], scale=-1.0)
-        pivot = L[a:b, a:b]
-        X[a:b] = torch.linalg.solve_triangular(pivot.mT if transposed else pivot, X[a:b], upper=transposed)
-    return X
+    X = _in_lines(B)
+    engine.substitute(L.mT if transposed else L, X, first=0, columns=(0, B.shape[1]), upper=transposed)
+    return X[:, : B.shape[1]]
 
 
-def _engine(matrix: Tensor) -> Any:
-    """What multiplies panels of this one matrix; None where LAPACK does as well."""
+def _in_lines(matrix: Tensor) -> Tensor:
+    """A copy whose rows end after whole lines, with room for one group of columns more."""
+    rows, columns = matrix.shape
+    copy = matrix.new_zeros(rows, (-(-columns // _GROUP) + 1) * _GROUP)
+    copy[:, :columns] = matrix
+    return copy
+
+
+def _compiled(matrix: Tensor) -> Any:
+    """What works on this one matrix, compiled; None where LAPACK does as well."""
     if matrix.ndim > 2 or matrix.shape[-1] <= 2 * _PANEL or matrix.device.type != "cpu":
         return None
-    return adding(matrix.device, matrix.dtype)
+    return compiled()
 
 
 def _condition(S: Tensor, L: Tensor) -> float:
