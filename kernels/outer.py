@@ -163,6 +163,12 @@ class OuterSums:
             expected = (self._width_of(name), self._precision)
             if found[0] != expected[0] or (found[1] != expected[1] and expected[1] == torch.float32):
                 raise ValueError(f"OuterSums: {name} has width and dtype {found}, expected {expected} as before")
+        direct = self._whole(blocks, scales or {}, n)
+        if direct is not None:  # nothing waits and nothing will: the same chunks, where they are
+            for a in range(0, n, self._chunk):
+                self._multiply(self._sums, {name: x[a : a + self._chunk].T for name, x in direct.items()})
+            self.n += n
+            return
         for a, b in self._pieces(n):
             for name, of_one in blocks.items():
                 scale, ones = (scales or {}).get(name, 1.0), name in self._ones
@@ -210,6 +216,22 @@ class OuterSums:
             shape = self._width_of(left), self._width_of(right)
             self._sums[left, right] = torch.zeros(shape, dtype=torch.float64, device=device)
 
+    def _whole(
+        self, blocks: Mapping[str, list[Tensor]], scales: Mapping[str, float], n: int
+    ) -> dict[str, Tensor] | None:
+        """The features, if they are whole chunks that may be multiplied as they are."""
+        if (
+            self._engine is None
+            or self._filled
+            or n % self._chunk
+            or self._ones
+            or any(s != 1.0 for s in scales.values())
+        ):
+            return None
+        if any(len(b) != 1 or b[0].dtype != self._precision or b[0].stride(1) != 1 for b in blocks.values()):
+            return None
+        return {name: block.detach().resolve_neg() for name, (block,) in blocks.items()}
+
     def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
         a = 0
         while a < n:
@@ -225,8 +247,10 @@ class OuterSums:
     def _width_of(self, name: str) -> int:
         return self._widths[name]
 
-    def _multiply(self, sums: Mapping[tuple[str, str], Tensor]) -> None:
-        columns = {name: self._columns(name, 0, self._filled) for name in self.names}
+    def _multiply(self, sums: Mapping[tuple[str, str], Tensor], columns: dict[str, Tensor] | None = None) -> None:
+        """Adds to the sums what is buffered, or these features [width, samples]."""
+        if columns is None:
+            columns = {name: self._columns(name, 0, self._filled) for name in self.names}
         if self._engine is not None:
             self._engine.add([Product(out, columns[a].T, columns[b].T, a == b) for (a, b), out in sums.items()])
             return

@@ -176,6 +176,21 @@ def test_outer_sums_of_two_halves_add_up():
         assert relative(sums[1][pair] + sums[2][pair], sums[0][pair]) < 1e-12
 
 
+def test_whole_chunks_are_multiplied_where_they_are():
+    """The same bits as through the buffer, which nothing is copied into; not where something waits, or is scaled."""
+    b, g = features(96, 20, torch.float32), features(96, 7, torch.float32, 1)
+    pairs = [("b", "b"), ("b", "g")]
+    whole, pieces, scaled = (OuterSums(pairs, chunk=32) for _ in range(3))
+    whole.add({"b": b, "g": g})
+    for part in range(0, 96, 24):
+        pieces.add({"b": b[part : part + 24], "g": g[part : part + 24]})
+    scaled.add({"b": b, "g": g}, scales={"g": 2.0})
+    for pair in pairs:
+        assert torch.equal(whole[pair], pieces[pair])
+    assert torch.equal(scaled["b", "g"], 2.0 * whole["b", "g"])
+    assert whole._filled == 0 and whole.n == 96
+
+
 def test_outer_sums_of_nothing_are_zero():
     sums = OuterSums([("b", "b")], ones={"b"})
     sums.add({"b": torch.empty(0, 4)})
