@@ -91,7 +91,7 @@ def probe(
             kept = gathering.run_kept()
             for inputs, targets in islice(cut(data, batch_size, "probe"), kept, batches):
                 gathering.run(model, inputs, targets, loss)
-    return gathering.statistics()
+    return gathering._means(last=True)
 
 
 @dataclass
@@ -161,11 +161,11 @@ class Gathering:
         """Ends the first run: what is added from now on measures N with the dW* so far."""
         if self.n == 0:
             raise BadData("probe: data", "no samples", "at least one")
-        found = self.statistics()
+        self._catch_up()
         self.second = True
         for name, sums in self.sums.items():
             if sums.twice:
-                sums.move = found[name].best_move
+                sums.move = self._statistics(name, sums, ("S_in", "M")).best_move
 
     def run_kept(self) -> int:
         """Adds again, for the second run, the first batches, which were kept, and forgets them; how many they were."""
@@ -328,16 +328,20 @@ class Gathering:
 
     def statistics(self) -> dict[str, Statistics]:
         """The means so far; BadData if no sample was added."""
+        return self._means()
+
+    def _means(self, *, last: bool = False) -> dict[str, Statistics]:
+        """`statistics`; with `last` the memory of the sums is theirs, and nothing more may be added."""
         if self.n == 0 and self.want:
             raise BadData("probe: data", "no samples", "at least one")
         self._catch_up()
-        return {name: self._statistics(name, sums) for name, sums in self.sums.items()}
+        return {name: self._statistics(name, sums, sums.want, last) for name, sums in self.sums.items()}
 
-    def _statistics(self, name: str, sums: Sums) -> Statistics:
+    def _statistics(self, name: str, sums: Sums, want: Iterable[str], last: bool = False) -> Statistics:
         geometry = sums.geometry
-        moments = {k: sums.total(k).div_(self.n) for k in sums.want}
+        moments = {k: sums.total(k, take=last).div_(self.n) for k in want}
         if sums.move is not None:
-            moments["residual"] = sums.total("N").div_(self.n)
+            moments["residual"] = sums.total("N", take=last).div_(self.n)
         return Statistics(
             name,
             self.network.structure,
