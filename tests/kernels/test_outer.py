@@ -208,6 +208,41 @@ def test_repeats_bit_for_bit_and_without_onednn(onednn, monkeypatch):
     assert relative(mirror(runs[0][0]), accumulate_gram_reference(zeros(400, 400), b)) < TOLERANCE[torch.float32]
 
 
+def test_the_same_bits_with_any_number_of_threads(monkeypatch):
+    shared = pytest.importorskip("irgrow.kernels.shared")
+    monkeypatch.setattr(shared, "_WORK_PER_THREAD", 1)
+    b, g, kept, asked = (
+        features(300, 130, torch.float32),
+        features(300, 90, torch.float32, 1),
+        torch.get_num_threads(),
+        [],
+    )
+    found, parts = [], shared._parts
+    monkeypatch.setattr(shared, "_parts", lambda *given: asked.append(parts(*given)) or asked[-1])
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((accumulate_gram(zeros(130, 130), b), accumulate(zeros(130, 90), b, g)))
+        monkeypatch.setattr(shared, "_openmp", lambda: None)  # no OpenMP to be found: the caller does everything
+        found.append((accumulate_gram(zeros(130, 130), b), accumulate(zeros(130, 90), b, g)))
+    finally:
+        torch.set_num_threads(kept)
+    assert asked == [1, 1, 2, 2, 3, 3, 3, 3]
+    for S, M in found:
+        assert torch.equal(S, found[0][0]) and torch.equal(M, found[0][1])
+
+
+def test_nothing_beside_the_operands_is_read():
+    """What lies before, between and after them is NaN."""
+    room = torch.full((40, 60), float("nan"))
+    for rows, width in ((17, 3), (33, 37), (40, 45)):
+        b = room.clone()[:rows, 5 : 5 + width]
+        b.copy_(features(rows, width, torch.float32))
+        found = mirror(accumulate_gram(zeros(width, width), b))
+        assert relative(found, accumulate_gram_reference(zeros(width, width), b)) < TOLERANCE[torch.float32]
+        assert relative(accumulate(zeros(width, width), b.T.contiguous().T, b), found) < TOLERANCE[torch.float32]
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     out = zeros(len(left), len(right))
     add_products(out, left, right)
