@@ -35,12 +35,15 @@ def work_on(job: int, numbers: tuple[int, ...], items: int, work: int) -> None:
     takes items off the counter until there are no more, so all may, and one does as well.
     """
     held = np.array((0, *numbers), dtype=np.int64)
-    threads = _parts(items, work)
+    threads, run = _parts(items, work), _function(job)
     together = _openmp() if threads > 1 else None
     if together is not None:
         together(job, held.ctypes.data, threads, 0)
-    else:
-        _function(job)(held.ctypes.data)
+        return
+    others = [_threads(os.getpid()).submit(run, held.ctypes.data) for _ in range(threads - 1)]
+    run(held.ctypes.data)
+    for other in others:
+        other.result()
 
 
 @lru_cache(64)
@@ -51,7 +54,7 @@ def _function(address: int) -> Any:
 @lru_cache(1)
 def _openmp() -> Any:
     """GOMP_parallel(function, argument, threads, flags) of the OpenMP that torch uses; None if it uses none."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
     try:
         run = ctypes.CDLL(str(library)).GOMP_parallel  # found among the libraries that it loads
     except (OSError, AttributeError):

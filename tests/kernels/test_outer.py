@@ -223,7 +223,7 @@ def test_the_same_bits_with_any_number_of_threads(monkeypatch):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append((accumulate_gram(zeros(130, 130), b), accumulate(zeros(130, 90), b, g)))
-        monkeypatch.setattr(shared, "_openmp", lambda: None)  # no OpenMP to be found: the caller does everything
+        monkeypatch.setattr(shared, "_openmp", lambda: None)  # none to be found: threads of our own
         found.append((accumulate_gram(zeros(130, 130), b), accumulate(zeros(130, 90), b, g)))
     finally:
         torch.set_num_threads(kept)
