@@ -85,17 +85,7 @@ def words(_typing, at, count):
 
 
 @intrinsic
-def real_of(_typing, word):
-    """The float64 with the bits of the integer `word`."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.DoubleType())
-
-    return types.float64(types.int64), generate
-
-
-@intrinsic
-def _take_next(_typing, at):
+def next_of(_typing, at):
     """The integer at address `at`, which is one more afterwards: no two threads get the same."""
 
     def generate(context, builder, signature, arguments):
@@ -146,7 +136,7 @@ def _arrive(_typing, at):
 @inline
 def next_piece(progress, phase, piece):
     """The piece of this phase to work on after `piece` (-1 at first); there is none if it is not below the pieces."""
-    return _take_next(progress + 16 * phase) if progress != 0 else piece + 1
+    return next_of(progress + 16 * phase) if progress != 0 else piece + 1
 
 
 @inline
@@ -182,11 +172,11 @@ def run_part() -> Any:
     @entry
     def run_part(at):
         _taken, parts, function, table, size = words(at, 5)
-        part = _take_next(at)
+        part = next_of(at)
         while part < parts:
             first, last = words(at + 40 + 8 * part, 2)
             for row in range(first, last):
                 _call(function, table + row * size)
-            part = _take_next(at)
+            part = next_of(at)
 
     return run_part

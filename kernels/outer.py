@@ -6,13 +6,13 @@ float64, everything else becomes float32) and added into float64 sums. Symmetric
 diagonal and mirrored once at the end. Nothing depends on scheduling: the same calls give the same bits, whatever the
 number of threads.
 
-    tiles      compiled (outer_numba.py), on a CPU with numba: both operands packed once, sums held in registers
+    triton     one launch for all sums (outer_triton.py)
+    tiles      compiled (outer_cpu.py, outer_numba.py), on a CPU with numba: sums held in registers, nothing copied
     products   matrix products of feature-major chunks, by oneDNN or whatever torch has
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from irgrow.kernels import gpu
-from irgrow.kernels.shared import bits_of, run, share
 
 Features = Tensor | Sequence[Tensor]
 
@@ -32,8 +31,17 @@ CHUNK = 1024
 _STRIP = 128  # columns of a symmetric sum per product
 _WORTH_PREPARING = 2**23  # multiply-adds; oneDNN builds a kernel per new shape (0.7 ms)
 _PIECE, _SMALL = 512, 2**14  # samples per piece of a small product, entries of the largest small one
-_GROUP = {torch.float32: 32, torch.float64: 16}  # columns that are packed together: two lines
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """out [p, q] float64 is to grow by left^T right, left [n, p] and right [n, q]; if symmetric its upper triangle."""
+
+    out: Tensor
+    left: Tensor
+    right: Tensor
+    symmetric: bool = False
 
 
 def accumulate_reference(
@@ -61,19 +69,12 @@ def accumulate(
     left_blocks, right_blocks = _blocks("left", left), _blocks("right", right)
     n, dtype = _samples([*left_blocks, *right_blocks]), _precision([*left_blocks, *right_blocks])
     _check_out("accumulate", out, _width(left_blocks) + ones, _width(right_blocks))
-    if gpu.runs_triton(out.device, dtype):
-        _on_triton().accumulate(out, left_blocks, right_blocks, scale, ones, dtype)
+    engine = adding(out.device, dtype)
+    if engine is not None:
+        _add_blocks(engine, out, left_blocks, right_blocks, scale, ones, dtype)
         return out
     for a in range(0, n, chunk):
         rows = slice(a, min(a + chunk, n))
-        if by_tiles(out, dtype):
-            add_packed(
-                out,
-                _pack_rows(left_blocks, rows, ones, dtype, 0),
-                _pack_rows(right_blocks, rows, False, dtype, 1),
-                scale=scale,
-            )
-            continue
         columns, others = _feature_major(left_blocks, rows, ones, dtype), _sample_major(right_blocks, rows, dtype)
         add_products(out, columns, others.T, scale=scale)
     return out
@@ -91,16 +92,13 @@ def accumulate_gram(
     blocks = _blocks("features", features)
     n, dtype, d = _samples(blocks), _precision(blocks), _width(blocks) + ones
     _check_out("accumulate_gram", out, d, d)
-    if gpu.runs_triton(out.device, dtype):
-        _on_triton().accumulate(out, blocks, None, scale, ones, dtype)
+    engine = adding(out.device, dtype)
+    if engine is not None:
+        _add_blocks(engine, out, blocks, None, scale, ones, dtype)
         return out
     for a in range(0, n, chunk):
         rows = slice(a, min(a + chunk, n))
-        if by_tiles(out, dtype):
-            packed = _pack_rows(blocks, rows, ones, dtype, 0)
-            add_packed(out, packed, packed, scale=scale, symmetric=True)
-        else:
-            _add_gram(out, _feature_major(blocks, rows, ones, dtype), scale)
+        _add_gram(out, _feature_major(blocks, rows, ones, dtype), scale)
     return out
 
 
@@ -143,8 +141,7 @@ class OuterSums:
         self._feature_major = {left for left, _ in self.pairs} | self._ones
         self._chunk = chunk
         self._filled = 0
-        self._tiles = False
-        self._buffers: dict[str, Tensor] = {}  # tiles: as in `Packed`
+        self._buffers: dict[str, Tensor] = {}
         self._widths: dict[str, int] = {}
         self._sums: dict[tuple[str, str], Tensor] = {}
 
@@ -166,12 +163,15 @@ class OuterSums:
             expected = (self._width_of(name), self._precision)
             if found[0] != expected[0] or (found[1] != expected[1] and expected[1] == torch.float32):
                 raise ValueError(f"OuterSums: {name} has width and dtype {found}, expected {expected} as before")
+        direct = self._whole(blocks, scales or {}, n)
+        if direct is not None:  # nothing waits and nothing will: the same chunks, where they are
+            for a in range(0, n, self._chunk):
+                self._multiply(self._sums, {name: x[a : a + self._chunk].T for name, x in direct.items()})
+            self.n += n
+            return
         for a, b in self._pieces(n):
             for name, of_one in blocks.items():
                 scale, ones = (scales or {}).get(name, 1.0), name in self._ones
-                if self._tiles:
-                    _pack(of_one, slice(a, b), ones, self._buffers[name], at=self._filled, scale=scale)
-                    continue
                 place = self._columns(name, self._filled, self._filled + b - a)
                 _store(place, of_one, slice(a, b), scale)
                 if ones:
@@ -204,21 +204,33 @@ class OuterSums:
         every = [block for of_one in blocks.values() for block in of_one]
         self._precision = _precision(every)
         device = every[0].device
-        on_triton = gpu.runs_triton(device, self._precision)
-        self._tiles = device.type == "cpu" and compiled() is not None and not on_triton
-        if on_triton:
+        self._engine = adding(device, self._precision)
+        if self._engine is not None:
             self._feature_major = set()
         for name, of_one in blocks.items():
             shape = _width(of_one) + (name in self._ones), self._chunk
             self._widths[name] = shape[0]
-            if self._tiles:
-                self._buffers[name] = _room(*shape, self._precision)
-                continue
             shape = shape if name in self._feature_major else shape[::-1]
             self._buffers[name] = torch.empty(shape, dtype=self._precision, device=device)
         for left, right in self.pairs:
             shape = self._width_of(left), self._width_of(right)
             self._sums[left, right] = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def _whole(
+        self, blocks: Mapping[str, list[Tensor]], scales: Mapping[str, float], n: int
+    ) -> dict[str, Tensor] | None:
+        """The features, if they are whole chunks that may be multiplied as they are."""
+        if (
+            self._engine is None
+            or self._filled
+            or n % self._chunk
+            or self._ones
+            or any(s != 1.0 for s in scales.values())
+        ):
+            return None
+        if any(len(b) != 1 or b[0].dtype != self._precision or b[0].stride(1) != 1 for b in blocks.values()):
+            return None
+        return {name: block.detach().resolve_neg() for name, (block,) in blocks.items()}
 
     def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
         a = 0
@@ -235,15 +247,12 @@ class OuterSums:
     def _width_of(self, name: str) -> int:
         return self._widths[name]
 
-    def _multiply(self, sums: Mapping[tuple[str, str], Tensor]) -> None:
-        if self._tiles:
-            packed = {n: Packed(self._buffers[n], self._widths[n]).samples(0, self._filled) for n in self.names}
-            for (left, right), total in sums.items():
-                add_packed(total, packed[left], packed[right], symmetric=left == right)
-            return
-        columns = {name: self._columns(name, 0, self._filled) for name in self.names}
-        if gpu.runs_triton(next(iter(columns.values())).device, self._precision):
-            _on_triton().add_pairs(sums, columns)
+    def _multiply(self, sums: Mapping[tuple[str, str], Tensor], columns: dict[str, Tensor] | None = None) -> None:
+        """Adds to the sums what is buffered, or these features [width, samples]."""
+        if columns is None:
+            columns = {name: self._columns(name, 0, self._filled) for name in self.names}
+        if self._engine is not None:
+            self._engine.add([Product(out, columns[a].T, columns[b].T, a == b) for (a, b), out in sums.items()])
             return
         for name in self._feature_major:
             columns[name] = columns[name].contiguous()
@@ -254,32 +263,25 @@ class OuterSums:
                 add_products(total, columns[left], columns[right])
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """Features of some samples as the compiled tiles read them: `data` [groups, samples, columns of a group]."""
+def adding(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module whose `add` takes `Product`s of such features, or None: then matrix products do."""
+    if gpu.runs_triton(device, dtype):
+        from irgrow.kernels import outer_triton
 
-    data: Tensor
-    width: int  # columns that are there; those of the last group after them are 0
-
-    def samples(self, start: int, count: int) -> Packed:
-        """A range of the samples, not copied."""
-        return Packed(self.data.narrow(1, start, count), self.width)
+        return outer_triton
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return None
+    return compiled()
 
 
 @lru_cache(1)
 def compiled() -> Any:
     """The compiled tiles, or None without numba."""
     try:
-        from irgrow.kernels import outer_numba
+        from irgrow.kernels import outer_cpu
     except ImportError:
         return None
-    return outer_numba
-
-
-def by_tiles(out: Tensor, dtype: torch.dtype) -> bool:
-    """Whether sums into `out` run compiled."""
-    fits = out.is_cpu and out.dtype == torch.float64 and out.stride(-1) == 1
-    return fits and dtype in (torch.float32, torch.float64) and compiled() is not None
+    return outer_cpu
 
 
 def route(device: torch.device | str = "cpu") -> tuple[str, str]:
@@ -291,67 +293,31 @@ def route(device: torch.device | str = "cpu") -> tuple[str, str]:
         return "products", f"matrix products of {kind}"
     if compiled() is None:
         return "products", "numba is not installed"
-    return "tiles", "compiled: one packing per operand, the triangle of symmetric sums, float64 added from registers"
+    return "tiles", "compiled: nothing is copied, the triangle of symmetric sums, float64 added from registers"
 
 
-def add_packed(out: Tensor, left: Packed, right: Packed, *, scale: float = 1.0, symmetric: bool = False) -> None:
-    """`out` has grown by scale * sum over samples of left right^T; with `symmetric` on and above its diagonal only.
-
-    out [left.width, right.width] float64, rows contiguous.
-    """
-    (bands, samples, _), groups = left.data.shape, len(right.data)
-    items = sum(min(bands, group + 1) for group in range(groups)) if symmetric else bands * groups
-    fixed: tuple[int, ...] = (
-        bits_of(scale),
-        out.data_ptr(),
-        out.stride(0),
-        left.data.data_ptr(),
-        left.data.stride(0),
-        right.data.data_ptr(),
-    )
-    fixed = (*fixed, right.data.stride(0), samples, left.width, right.width, int(symmetric))
-    work = samples * left.width * right.width // (2 if symmetric else 1)
-    share(compiled().add, left.data.dtype, fixed, items, work)
-
-
-_SCRATCH = threading.local()
-
-
-def _pack_rows(blocks: Sequence[Tensor], rows: slice, ones: bool, dtype: torch.dtype, slot: int) -> Packed:
-    samples, width = rows.stop - rows.start, _width(blocks) + ones
-    held: dict[tuple[int, torch.dtype], Tensor] = _SCRATCH.__dict__.setdefault("held", {})
-    group = _GROUP[dtype]
-    count = -(-width // group) * samples * group
-    if (slot, dtype) not in held or len(held[slot, dtype]) < count:
-        held[slot, dtype] = torch.empty(count, dtype=dtype)
-    data = held[slot, dtype][:count].view(-1, samples, group) if count else torch.empty(0, samples, group, dtype=dtype)
-    data[-1:, :, width % group or group :] = 0.0
-    _pack(blocks, rows, ones, data)
-    return Packed(data, width)
-
-
-def _room(width: int, samples: int, dtype: torch.dtype) -> Tensor:
-    """Zeros for so many packed samples."""
-    return torch.zeros(-(-width // _GROUP[dtype]), samples, _GROUP[dtype], dtype=dtype)
-
-
-def _pack(blocks: Sequence[Tensor], rows: slice, ones: bool, data: Tensor, *, at: int = 0, scale: float = 1.0) -> None:
-    """Samples `at` and after of `data` hold scale * these rows of the blocks, and with `ones` a constant 1."""
-    samples, start, group = rows.stop - rows.start, 0, data.shape[2]
-    place = data.data_ptr() + at * group * data.element_size()
-    for block in blocks:
-        block = block[rows].detach().resolve_neg().to(data.dtype)
-        target = place, data.stride(0), start, samples, 0, block.shape[1]
-        run(compiled().pack, data.dtype, bits_of(scale), block.data_ptr(), *block.stride(), *target)
-        start += block.shape[1]
+def _add_blocks(
+    engine: Any,
+    out: Tensor,
+    left: Sequence[Tensor],
+    right: Sequence[Tensor] | None,
+    scale: float,
+    ones: bool,
+    dtype: torch.dtype,
+) -> None:
+    """`accumulate`, or `accumulate_gram` where right is None: a product for every pair of blocks, in one call."""
+    sides = [[block.detach().resolve_neg().to(dtype) for block in side] for side in (left, right or ())]
     if ones:
-        data[start // group, at : at + samples, start % group] = 1.0
-
-
-def _on_triton() -> Any:
-    from irgrow.kernels import outer_triton
-
-    return outer_triton
+        sides[0].append(sides[0][0].new_ones(1, 1).expand(len(sides[0][0]), 1))
+    products, i = [], 0
+    for number, a in enumerate(sides[0]):
+        j = i if right is None else 0
+        for other, b in enumerate(sides[0][number:] if right is None else sides[1]):
+            corner = out[i : i + a.shape[1], j : j + b.shape[1]]
+            products.append(Product(corner, a, b, symmetric=right is None and other == 0))
+            j += b.shape[1]
+        i += a.shape[1]
+    engine.add(products, scale=scale)
 
 
 def add_products(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0) -> None:

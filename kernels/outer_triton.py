@@ -14,8 +14,7 @@ float64 every 64 samples; float64 ones are multiplied in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -24,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irgrow.kernels import gpu
+from irgrow.kernels.outer import Product
 
 _TILE = {torch.float32: 64, torch.float64: 32}
 _STEP = 64  # samples per product
@@ -33,16 +33,6 @@ _FIELDS = 8  # of a descriptor: left, right, out (bytes), p, q, left pitch, righ
 _WORK = 5  # of an item: product, first row, first column, first sample, last sample
 _PLACE = 5  # of a place: product, first row, first column, first item, last item
 FIELDS, WORK, PLACE = tl.constexpr(_FIELDS), tl.constexpr(_WORK), tl.constexpr(_PLACE)
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """out [p, q] float64 is to grow by left^T right, left [n, p] and right [n, q]; if symmetric its upper triangle."""
-
-    out: Tensor
-    left: Tensor
-    right: Tensor
-    symmetric: bool = False
 
 
 @triton.jit
@@ -122,30 +112,6 @@ def add(products: Sequence[Product], *, scale: float = 1.0) -> None:
     factor = torch.full((1,), scale, dtype=torch.float64, device=first.device)
     operands = descriptors, places, sums, factor
     gpu.launch(_add, (len(places), tile // 8), first, *operands, T=tile, R=8, num_warps=4)
-
-
-def accumulate(
-    out: Tensor, left: Sequence[Tensor], right: Sequence[Tensor] | None, scale: float, ones: bool, dtype: torch.dtype
-) -> None:
-    """`outer.accumulate`, or `outer.accumulate_gram` where right is None, of blocks of features: one launch."""
-    sides = [[block.detach().resolve_neg().to(dtype) for block in side] for side in (left, right or ())]
-    if ones:
-        one = sides[0][0].new_ones(len(sides[0][0]), 1)
-        sides[0][-1] = torch.cat([sides[0][-1], one], dim=1)
-    products, i = [], 0
-    for number, a in enumerate(sides[0]):
-        j = i if right is None else 0
-        for other, b in enumerate(sides[0][number:] if right is None else sides[1]):
-            corner = out[i : i + a.shape[1], j : j + b.shape[1]]
-            products.append(Product(corner, a, b, symmetric=right is None and other == 0))
-            j += b.shape[1]
-        i += a.shape[1]
-    add(products, scale=scale)
-
-
-def add_pairs(sums: Mapping[tuple[str, str], Tensor], columns: Mapping[str, Tensor]) -> None:
-    """Every sum has grown by columns[left] columns[right]^T (features [width, samples]): one launch."""
-    add([Product(out, columns[a].T, columns[b].T, symmetric=a == b) for (a, b), out in sums.items()])
 
 
 @lru_cache(maxsize=64)

@@ -19,17 +19,19 @@ float64. On Triton the products of all shifts, or of all taps, are one launch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from irgrow.kernels import gpu
-from irgrow.kernels.outer import accumulate, accumulate_gram, add_products, mirror
+from irgrow.kernels.outer import Product, accumulate, accumulate_gram, add_products, adding, mirror
 
 Pair = tuple[int, int]
 PIXELS = 8192  # per float32 product
@@ -183,9 +185,7 @@ def patch_cross(
     window = Window.of(kernel, stride=stride, padding=padding, dilation=dilation)
     _check_positions(x, window, y, Window((1, 1)))
     x, y = x.detach(), y.detach()
-    rows, columns = window.axes(x)
-    every: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-    sums = _cross_sums(x, y, rows, columns, [(row, column, every) for row in rows.taps for column in columns.taps])
+    sums = _cross_sums(x, y, _single(*window.axes(x)))
     result = sums.permute(2, 0, 1).reshape(x.shape[1] * window.taps, y.shape[1])
     return torch.cat([result, y.sum((0, 2, 3), dtype=torch.float64)[None]]) if ones else result
 
@@ -387,6 +387,26 @@ class _Plan:
         return _Grid(height, width, *reach)
 
     @cached_property
+    def phases(self) -> list[Pair]:
+        return _phases(self.rows, self.columns)
+
+    @cached_property
+    def whole(self) -> list[tuple[int, _Term]]:
+        """Terms over all pixels, and where they stand among all."""
+        return [(at, term) for at, term in enumerate(self.terms) if term.row is None and term.column is None]
+
+    @cached_property
+    def border(self) -> list[tuple[int, _Term]]:
+        """Terms over one row, column or pixel."""
+        return [(at, term) for at, term in enumerate(self.terms) if term.row is not None or term.column is not None]
+
+    @cached_property
+    def moves(self) -> _Moves:
+        number = {phase: n for n, phase in enumerate(self.phases)}
+        moves = [(at, number[t.left], number[t.right], t.shift) for at, t in self.whole]
+        return _Moves.of(self.grid, [(*move, move[1] == move[2] and move[3] == (0, 0)) for move in moves])
+
+    @cached_property
     def pixels(self) -> int:
         """Pixels multiplied per image, all terms together."""
         height, width = self.grid.size
@@ -462,10 +482,13 @@ class _Grid:
         """How many images make about so many pixels."""
         return max(1, pixels // (self.height * self.width))
 
-    def planes(self, images: int, channels: int, device: torch.device, dtype: torch.dtype) -> _Plane:
-        margin = self.dy * self.width + self.dx
-        flat = torch.zeros(2 * margin + images * self.height * self.width, channels, dtype=dtype, device=device)
-        return _Plane(self, margin, flat)
+    def planes(self, number: int, images: int, channels: int, device: torch.device, dtype: torch.dtype) -> list[_Plane]:
+        """So many planes, with room for so many images each."""
+        margin, count = self.dy * self.width + self.dx, images * self.height * self.width
+        every = torch.empty(number, 2 * margin + count, channels, dtype=dtype, device=device)
+        every[:, :margin] = 0.0
+        every[:, margin + count :] = 0.0
+        return [_Plane(self, margin, flat) for flat in every]
 
 
 @dataclass(frozen=True, eq=False)
@@ -476,17 +499,27 @@ class _Plane:
     margin: int
     flat: Tensor  # [margin + images * height * width + margin, C]
 
-    def fill(self, x: Tensor) -> None:
-        """x [B, C, h, w] of at most as many images as there is room for; the others keep what they held."""
-        inside = self.flat[self.margin : len(self.flat) - self.margin]
-        inside = inside.view(-1, *self.grid.size, self.flat.shape[1])
-        inside[: len(x), : x.shape[2], : x.shape[3]] = x.permute(0, 2, 3, 1)
-        inside[len(x) : len(x) + 1, : self.grid.dy + 1] = 0.0  # what shifted pixels of the last image may meet
-
     def pixels(self, shift: Pair, count: int) -> Tensor:
         """[count, C]: at index p the pixel at p + shift."""
         start = self.margin + shift[0] * self.grid.width + shift[1]
         return self.flat[start : start + count]
+
+
+def _fill(planes: Sequence[_Plane], images: Sequence[Tensor]) -> None:
+    """Each plane holds images [B, C, h, w], as many as there is room for or fewer; what shifts may meet is zero."""
+    grid, margin, first = planes[0].grid, planes[0].margin, planes[0].flat
+    height, width = grid.size
+    end = margin + images[0].shape[0] * height * width
+    if gpu.runs_triton(first.device, first.dtype) or (engine := adding(first.device, first.dtype)) is None:
+        for plane, x in zip(planes, images, strict=True):
+            inside = plane.flat[margin:end].view(-1, height, width, first.shape[1])
+            inside.zero_()
+            inside[:, : x.shape[2], : x.shape[3]] = x.permute(0, 2, 3, 1)
+    else:
+        engine.fill_grids([plane.flat for plane in planes], [x.to(first.dtype) for x in images], margin, height, width)
+    if end + margin < first.shape[0]:  # the last batch is smaller
+        for plane in planes:
+            plane.flat[end : end + margin] = 0.0
 
 
 def _phases(rows: _Reading, columns: _Reading) -> list[Pair]:
@@ -500,48 +533,120 @@ def _phase(x: Tensor, phase: Pair, rows: _Reading, columns: _Reading) -> Tensor:
 # --- multiplying ----------------------------------------------------------------------------------------------
 
 
-def _cross_sums(
-    x: Tensor,
-    y: Tensor,
-    rows: _Reading,
-    columns: _Reading,
-    wanted: Sequence[tuple[_Tap, _Tap, tuple[tuple[int, ...], tuple[int, ...]]]],
-) -> Tensor:
-    """[len(wanted), Q, C], float64: for a tap of each axis the sum over outputs of y times the pixel that they read.
+@dataclass(frozen=True, eq=False)
+class _Moves:
+    """Products of planes: sums[at] += left(p) right(p + shift)^T over pixels p, of planes known by their numbers."""
 
-    Without those outputs that lie in one of the rows or columns named after the taps.
-    """
+    at: NDArray[np.int64]
+    left: NDArray[np.int64]
+    right: NDArray[np.int64]
+    shift: tuple[Pair, ...]
+    offset: NDArray[np.int64]  # shifts in pixels of the grid
+    symmetric: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, grid: _Grid, moves: Iterable[tuple[int, int, int, Pair, bool]]) -> _Moves:
+        at, left, right, shift, symmetric = zip(*moves, strict=True)
+        offset = [dy * grid.width + dx for dy, dx in shift]
+        a, b, c, d, e = (np.array(column, dtype=np.int64) for column in (at, left, right, offset, symmetric))
+        return cls(a, b, c, shift, d, e)
+
+    def add(self, sums: Tensor, lefts: Sequence[_Plane], rights: Sequence[_Plane], images: int) -> None:
+        """Adds all products to their sums in one call; of symmetric ones only what is not below the diagonal."""
+        grid, flat, margin = lefts[0].grid, lefts[0].flat, lefts[0].margin
+        count, engine = images * grid.size[0] * grid.size[1], adding(flat.device, flat.dtype)
+        if gpu.runs_triton(flat.device, flat.dtype):
+            numbers = zip(self.at, self.left, self.right, self.shift, self.symmetric, strict=True)
+            engine.add(
+                [
+                    Product(sums[a], lefts[i].pixels((0, 0), count), rights[j].pixels(shift, count), bool(symmetric))
+                    for a, i, j, shift, symmetric in numbers
+                ]
+            )
+            return
+        # Four dozen products of a few thousand pixels: describing tensors one by one would take as long as they do.
+        size, (_, p, q), (out_step, pitch, _) = flat.element_size(), sums.shape, sums.stride()
+        table = np.empty((len(self.at), 11), dtype=np.int64)
+        table[:] = 0, pitch, 0, 1, p, 0, q, count, p, q, 0
+        table[:, 0] = sums.data_ptr() + 8 * out_step * self.at
+        table[:, 2] = np.array([plane.flat.data_ptr() for plane in lefts])[self.left] + margin * p * size
+        starts = np.array([plane.flat.data_ptr() for plane in rights])[self.right]
+        table[:, 5] = starts + (margin + self.offset) * q * size
+        table[:, 10] = self.symmetric
+        engine.add_table(table, flat.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reads:
+    """Sums over outputs of y times the pixel that they read by a tap of each axis, without some rows and columns."""
+
+    rows: _Reading
+    columns: _Reading
+    wanted: tuple[tuple[_Tap, _Tap, tuple[tuple[int, ...], tuple[int, ...]]], ...]  # taps, rows and columns left out
+
+    @cached_property
+    def grid(self) -> _Grid:
+        return _Grid.for_cross(self.rows, self.columns)
+
+    @cached_property
+    def phases(self) -> list[Pair]:
+        return _phases(self.rows, self.columns)
+
+    @cached_property
+    def missing(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """What different sums leave out: y is laid out once for each."""
+        return list(dict.fromkeys(missed for *_, missed in self.wanted))
+
+    @cached_property
+    def moves(self) -> tuple[_Moves, _Moves]:
+        """With y left, with x left."""
+        phases, missing = ({key: n for n, key in enumerate(keys)} for keys in (self.phases, self.missing))
+        found = [
+            (at, missing[missed], phases[row.phase, column.phase], (row.offset, column.offset))
+            for at, (row, column, missed) in enumerate(self.wanted)
+        ]
+        turned = [(at, x, y, (-dy, -dx), False) for at, y, x, (dy, dx) in found]
+        return _Moves.of(self.grid, [(*move, False) for move in found]), _Moves.of(self.grid, turned)
+
+
+@lru_cache(maxsize=64)
+def _single(rows: _Axis, columns: _Axis) -> _Reads:
+    """One window: a sum for every pair of taps."""
+    every: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    return _Reads(rows, columns, tuple((row, column, every) for row in rows.taps for column in columns.taps))
+
+
+def _cross_sums(x: Tensor, y: Tensor, reads: _Reads) -> Tensor:
+    """[len(reads.wanted), Q, C], float64."""
     dtype, (batch, channels), outputs = _precision(x, y), x.shape[:2], y.shape[1]
-    total = torch.zeros(len(wanted), outputs, channels, dtype=torch.float64, device=x.device)
+    rows, columns, grid = reads.rows, reads.columns, reads.grid
+    total = torch.zeros(len(reads.wanted), outputs, channels, dtype=torch.float64, device=x.device)
     tiles = _moves_planes(total, dtype)
-    grid = _Grid.for_cross(rows, columns)
+    # What stands right is read in whole lines by the compiled tiles: the wider one.
+    wide = tiles and outputs > channels and not gpu.runs_triton(x.device, dtype)
+    total = total.new_zeros(len(reads.wanted), channels, outputs) if wide else total
     step = min(grid.images(_pixels(x.device, dtype)), max(1, batch))
-    planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in _phases(rows, columns)}
-    landings = {missed: grid.planes(step, outputs, x.device, dtype) for *_, missed in wanted} if tiles else {}
+    planes = grid.planes(len(reads.phases), step, channels, x.device, dtype)
+    landings = grid.planes(len(reads.missing), step, outputs, x.device, dtype) if tiles else []
     place = torch.zeros(0 if tiles else outputs, step, *grid.size, dtype=dtype, device=x.device)
     for a in range(0, batch, step):
         part = slice(a, min(a + step, batch))
         count = part.stop - a
-        for phase, plane in planes.items():
-            plane.fill(_phase(x[part], phase, rows, columns))
-        for missed, landing in landings.items():
-            landing.fill(_without(y[part], missed))
+        _fill(planes, [_phase(x[part], phase, rows, columns) for phase in reads.phases])
         if tiles:
-            moves = []
-            for at, (row, column, missed) in enumerate(wanted):
-                landing, plane = landings[missed], planes[row.phase, column.phase]
-                moves.append((total[at], landing, plane, (row.offset, column.offset)))
-            _add_moved(moves, count)
+            _fill(landings, [_without(y[part], missed) for missed in reads.missing])
+            reads.moves[wide].add(total, *((planes, landings) if wide else (landings, planes)), count)
             continue
         lefts: dict[object, Tensor] = {}
-        for at, (row, column, missed) in enumerate(wanted):
+        by_phase = dict(zip(reads.phases, planes, strict=True))
+        for at, (row, column, missed) in enumerate(reads.wanted):
             if missed not in lefts:
                 place[:, :count, : rows.outputs, : columns.outputs] = _without(y[part], missed).transpose(0, 1)
                 lefts[missed] = place[:, :count].reshape(outputs, -1).clone()
             left = lefts[missed]
-            right = planes[row.phase, column.phase].pixels((row.offset, column.offset), left.shape[1])
+            right = by_phase[row.phase, column.phase].pixels((row.offset, column.offset), left.shape[1])
             add_products(total[at], left, right.T)
-    return total
+    return total.mT if wide else total
 
 
 def _without(y: Tensor, missed: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
@@ -556,45 +661,37 @@ def _without(y: Tensor, missed: tuple[tuple[int, ...], tuple[int, ...]]) -> Tens
 
 def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> None:
     """Every term of the plan grows by its product over the images x."""
-    grid, channels = plan.grid, x.shape[1]
-    whole = [(at, term) for at, term in enumerate(plan.terms) if term.row is None and term.column is None]
-    border = [(at, term) for at, term in enumerate(plan.terms) if term.row is not None or term.column is not None]
+    grid, channels, phases = plan.grid, x.shape[1], plan.phases
     pixels = _pixels(x.device, dtype)
     step = min(grid.images(pixels), len(x))
-    phases = _phases(plan.rows, plan.columns)
-    planes = {phase: grid.planes(step, channels, x.device, dtype) for phase in phases}
+    planes = grid.planes(len(phases), step, channels, x.device, dtype)
+    by_phase = dict(zip(phases, planes, strict=True))
     # The same pixels with each channel's together: what stands left in a product.
-    moves_planes = _moves_planes(sums, dtype)
-    places = (
-        {}
-        if moves_planes
-        else {p: torch.zeros(channels, step, *grid.size, dtype=dtype, device=x.device) for p in phases}
-    )
+    tiles = _moves_planes(sums, dtype)
+    places = {} if tiles else {p: torch.zeros(channels, step, *grid.size, dtype=dtype, device=x.device) for p in phases}
     for a in range(0, len(x), step):
         part = x[a : a + step]
+        images = [_phase(part, phase, plan.rows, plan.columns) for phase in phases]
+        _fill(planes, images)
+        if tiles:
+            plan.moves.add(sums, planes, planes, len(part))
+            continue
         left = {}
-        for phase in phases:
-            image = _phase(part, phase, plan.rows, plan.columns)
-            planes[phase].fill(image)
-            if moves_planes:
-                continue
+        for phase, image in zip(phases, images, strict=True):
             places[phase][:, : len(part), : image.shape[2], : image.shape[3]] = image.transpose(0, 1)
             left[phase] = places[phase][:, : len(part)].reshape(channels, -1)
-        if moves_planes:
-            _add_moved([(sums[at], planes[t.left], planes[t.right], t.shift) for at, t in whole], len(part))
-            continue
-        for at, term in whole:
-            right = planes[term.right].pixels(term.shift, left[term.left].shape[1])
+        for at, term in plan.whole:
+            right = by_phase[term.right].pixels(term.shift, left[term.left].shape[1])
             add_products(sums[at], left[term.left], right.T)
-    if border:
+    if plan.border:
         for part in x.split(max(1, pixels // max(grid.size))):
             strips = _Strips(plan, part.to(dtype))
-            _add_pairs([(sums[at], *strips.pair(term)) for at, term in border], dtype)
+            _add_pairs([(sums[at], *strips.pair(term)) for at, term in plan.border], dtype)
 
 
 def _moves_planes(sums: Tensor, dtype: torch.dtype) -> bool:
-    """Whether products into `sums` are taken from planes alone, by `_add_moved`."""
-    return gpu.runs_triton(sums.device, dtype)
+    """Whether products into `sums` are taken from planes alone, by `_Moves`."""
+    return adding(sums.device, dtype) is not None
 
 
 def _pixels(device: torch.device, dtype: torch.dtype) -> int:
@@ -603,41 +700,23 @@ def _pixels(device: torch.device, dtype: torch.dtype) -> int:
 
 def _add_pairs(pairs: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> None:
     """Each `out` grows by left right^T, left and right [C, pixels]."""
-    if gpu.runs_triton(pairs[0][0].device, dtype):
-        from irgrow.kernels.outer_triton import Product, add
-
-        add([Product(out, left.T, right.T) for out, left, right in pairs])
+    engine = adding(pairs[0][0].device, dtype)
+    if engine is not None:
+        engine.add([Product(out, left.T, right.T) for out, left, right in pairs])
         return
     for out, left, right in pairs:
         add_products(out, left, right)
 
 
-def _add_moved(moves: list[tuple[Tensor, _Plane, _Plane, Pair]], images: int) -> None:
-    """Each `out` grows by the sum over pixels p of left(p) right(p + shift)^T, all in one launch.
-
-    Of a plane with itself at no shift only what is not below the diagonal.
-    """
-    from irgrow.kernels.outer_triton import Product, add
-
-    grid = moves[0][1].grid
-    count = images * grid.size[0] * grid.size[1]
-    add(
-        [
-            Product(out, left.pixels((0, 0), count), right.pixels(shift, count), left is right and shift == (0, 0))
-            for out, left, right, shift in moves
-        ]
-    )
-
-
 class _Strips:
     """Rows, columns and pixels of a few images, each [C, B * length], with zeros after every row or column.
 
-    Where Triton multiplies, the channels of a pixel lie side by side.
+    Where planes are multiplied, the channels of a pixel lie side by side.
     """
 
     def __init__(self, plan: _Plan, x: Tensor) -> None:
         self.plan, self.x = plan, x
-        self.by_pixel = gpu.runs_triton(x.device, x.dtype)
+        self.by_pixel = adding(x.device, x.dtype) is not None
         self.cache: dict[tuple[Pair, int | None, int | None], Tensor] = {}
 
     def pair(self, term: _Term) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from irgrow.kernels.patches import Window, _Axis, _check_positions, _cross_sums, _Tap
+from irgrow.kernels.patches import Window, _Axis, _check_positions, _cross_sums, _Reads, _Tap
 
 
 def through_cross_reference(x: Tensor, inner: Window, y: Tensor, outer: Window, *, tap: int | None = None) -> Tensor:
@@ -39,9 +39,8 @@ def through_cross(x: Tensor, inner: Window, y: Tensor, outer: Window, *, tap: in
     hidden = x.new_empty(1, 1, 1, 1).expand(len(x), 1, *inner.output(x))
     _check_positions(hidden, outer, y, Window((1, 1)))
     x, y = x.detach(), y.detach()
-    rows, columns = (_Chain(a, b) for a, b in zip(inner.axes(x), outer.axes(hidden), strict=True))
-    plan = _plan(rows, columns, tap)
-    sums = _cross_sums(x, y, rows, columns, plan.reads)  # [reads, O, C]
+    plan = _plan(inner.axes(x), outer.axes(hidden), tap)
+    sums = _cross_sums(x, y, plan.reads)  # [reads, O, C]
     channels, outputs = x.shape[1], y.shape[1]
     # Inner and outer taps side by side, as the columns of b and of g stand.
     by_tap = sums[plan.index.to(sums.device)].unflatten(0, (inner.taps, -1))  # [inner taps, taps, O, C]
@@ -126,13 +125,14 @@ class _Chain:
 class _Plan:
     """The products that are needed, which of them each pair of taps takes, and what each outer tap reads inside."""
 
-    reads: tuple[tuple[_Tap, _Tap, tuple[tuple[int, ...], tuple[int, ...]]], ...]
+    reads: _Reads
     index: Tensor  # [inner taps * outer taps]
     inside: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
 
 @lru_cache(maxsize=64)
-def _plan(rows: _Chain, columns: _Chain, tap: int | None) -> _Plan:
+def _plan(inner: tuple[_Axis, _Axis], outer: tuple[_Axis, _Axis], tap: int | None) -> _Plan:
+    rows, columns = (_Chain(a, b) for a, b in zip(inner, outer, strict=True))
     kernel = rows.outer.kernel, columns.outer.kernel
     taps = [divmod(t, kernel[1]) for t in (range(kernel[0] * kernel[1]) if tap is None else (tap,))]
     found: dict[tuple[_Read, _Read], int] = {}
@@ -143,4 +143,5 @@ def _plan(rows: _Chain, columns: _Chain, tap: int | None) -> _Plan:
         for a, b in taps
     ]
     reads = tuple((row.tap, column.tap, (row.missed, column.missed)) for row, column in found)
-    return _Plan(reads, torch.tensor(index), tuple((rows.inside[a], columns.inside[b]) for a, b in taps))
+    inside = tuple((rows.inside[a], columns.inside[b]) for a, b in taps)
+    return _Plan(_Reads(rows, columns, reads), torch.tensor(index), inside)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from array import array
 from collections.abc import Callable, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,11 +39,6 @@ def share(entry: Entry, dtype: torch.dtype, fixed: Operands, items: int, work: i
 def parts_for(items: int, work: int) -> int:
     """On how many threads `work` (multiply-adds) should run, if it falls into so many independent items."""
     return max(1, min(torch.get_num_threads(), items, work // _WORK_PER_THREAD))
-
-
-def bits_of(real: float) -> int:
-    """A float64 as an operand: the integer with the same bits."""
-    return int.from_bytes(struct.pack("<d", real), "little", signed=True)
 
 
 def run(entry: Entry, dtype: torch.dtype, *operands: int) -> None:
@@ -84,6 +78,16 @@ def together(entry: Entry, dtype: torch.dtype, parts: Sequence[Sequence[Operands
         other.result()
 
 
+def work_on(entry: Entry, dtype: torch.dtype, numbers: Operands, items: int, work: int) -> None:
+    """The entry has done all items, on as many threads as `work` (multiply-adds) pays for.
+
+    Its one operand is the address of a job: a counter that starts at 0, then `numbers`. Every thread takes items off
+    the counter (`next_of`) until there are no more, so all may, and one does as well.
+    """
+    job = array("q", (0, *numbers))
+    together(entry, dtype, [[(job.buffer_info()[0],)]] * parts_for(items, work))
+
+
 def in_phases(entry: Entry, dtype: torch.dtype, operands: Operands, phases: int) -> None:
     """entry(*operands, pieces, progress) on all of torch's threads, which share every phase (see entry.py)."""
     threads = torch.get_num_threads()
@@ -97,7 +101,7 @@ _PROCESS = os.getpid()  # a fork has none of OpenMP's threads, and would wait fo
 @lru_cache(1)
 def _torch_threads() -> Any:
     """GOMP_parallel(function, argument, threads, flags) of the OpenMP that torch uses; None if it uses none."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
     try:
         run = ctypes.CDLL(str(library)).GOMP_parallel  # found among the libraries that it loads
     except (OSError, AttributeError):

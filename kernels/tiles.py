@@ -49,6 +49,70 @@ def _tile(lines: int) -> Any:
     return grown
 
 
+def _masked_tile(lines: int) -> Any:
+    """ROWS rows of `lines` lines: sums over k of a[at + min(r, rows - 1) row + k step] * x[start + k pitch + column].
+
+    Rows after `rows` repeat the last one and columns from `columns` on are read as zeros: no address is used that
+    does not belong to the operands.
+    """
+
+    @intrinsic
+    def summed(_typing, like, a, at, row, rows, step, count, x, start, pitch, columns):
+        vector = lanes._vector(x.dtype)
+        result = types.UniTuple(LanesType(x.dtype), ROWS * lines)
+
+        def generate(context, builder, signature, arguments):
+            _, a, at, row, rows, step, count, x, start, pitch, columns = arguments
+            zero = ir.Constant(vector, [0.0] * vector.count)
+            held = [cgutils.alloca_once_value(builder, zero) for _ in range(ROWS * lines)]
+            last = builder.sub(rows, _I64(1))
+            firsts = []
+            for r in range(ROWS):
+                inside = builder.select(builder.icmp_signed("<", _I64(r), last), _I64(r), last)
+                firsts.append(builder.add(at, builder.mul(row, inside)))
+            masks = [_before(builder, builder.sub(columns, _I64(l * vector.count)), vector) for l in range(lines)]
+            with cgutils.for_range(builder, count) as loop:
+                base = builder.add(start, builder.mul(loop.index, pitch))
+                values = [
+                    _masked_line(builder, x, builder.add(base, _I64(l * vector.count)), mask, zero)
+                    for l, mask in enumerate(masks)
+                ]
+                along = builder.mul(loop.index, step)
+                for r, first in enumerate(firsts):
+                    weight = builder.load(builder.gep(a, [builder.add(first, along)]))
+                    weight = _spread(builder, weight, vector)
+                    for l, value in enumerate(values):
+                        _fuse(builder, held[r * lines + l], weight, value)
+            return context.make_tuple(builder, result, [builder.load(place) for place in held])
+
+        number = types.int64
+        return (
+            result(like, a, number, number, number, number, number, x, number, number, number),
+            generate,
+        )
+
+    return summed
+
+
+sum_one, sum_two = _masked_tile(1), _masked_tile(2)
+
+
+def _before(builder, count, vector):
+    """The lanes whose number is below `count`."""
+    wide = ir.VectorType(_I64, vector.count)
+    numbers = ir.Constant(wide, list(range(vector.count)))
+    return builder.icmp_signed("<", numbers, _spread(builder, count, wide))
+
+
+def _masked_line(builder, source, at, mask, zero):
+    place = builder.bitcast(builder.gep(source, [at]), zero.type.as_pointer())
+    single = zero.type.count == 16
+    name = f"llvm.masked.load.{'v16f32' if single else 'v8f64'}.p0"
+    kind = ir.FunctionType(zero.type, [place.type, ir.IntType(32), mask.type, zero.type])
+    load = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(load, [place, ir.IntType(32)(4 if single else 8), mask, zero])
+
+
 @intrinsic
 def dots(_typing, like, a, at, a_pitch, b, start, b_pitch, count):
     """16 lines of partial sums over `count` lines: a[at + r a_pitch + l] * b[start + c b_pitch + l], r, c in 0..3."""

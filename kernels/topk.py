@@ -13,17 +13,21 @@ Vectors come with a free sign (and a free rotation inside equal singular values)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
 
-from irgrow.kernels.outer import accumulate_gram, row_products
+from irgrow.kernels.outer import accumulate_gram, mirror, row_products
 
 TOLERANCE = 1e-3  # residual |P v - s u| relative to s; the energy that is missed goes with its square
 _SMALL = 128  # a full SVD of such a side takes less than the checks
 _THIN = 256  # up to this side, a Gram matrix and its last eigenvectors take less than iterating on a longer side
 _ROUNDS = (3, 5, 8)  # of subspace iteration before each check
+_MOST = 1024  # columns; larger Gram matrices leave the cache, and a blocked reduction takes less
 _NEGLIGIBLE = 1e-12  # relative to the largest value: zero, for a residual
 _GRAM_LIMIT = 1e-3  # a Gram matrix squares values: smaller ones than this lose more than half of their digits
 
@@ -134,14 +138,28 @@ def _by_gram(P: Tensor, k: int, why: str) -> TopK | None:
 
 
 def _last_eigenvectors(P: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest eigenvalues of P^T P, ascending, and their vectors: on a CPU without the other ones."""
-    n = P.shape[1]
-    if P.device.type != "cpu":
+    """The k largest eigenvalues of P^T P, ascending, and their vectors: on a CPU with numba without the other ones."""
+    n, held = P.shape[1], _tridiagonal() if P.device.type == "cpu" else None
+    if held is None or n > _MOST:
         values, vectors = torch.linalg.eigh(P.mT @ P)
         return values[n - k :], vectors[:, n - k :]
-    gram = accumulate_gram(P.new_zeros(n, n), P)  # its upper triangle
-    found = scipy.linalg.eigh(gram.numpy(), lower=False, subset_by_index=(n - k, n - 1), check_finite=False)
-    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    gram = np.zeros((n, -(-n // held.LINE) * held.LINE))
+    mirror(accumulate_gram(torch.from_numpy(gram)[:, :n], P))
+    diagonal, beside, factors, _ = held.reduce(gram)
+    found, small = scipy.linalg.eigh_tridiagonal(diagonal, beside, select="i", select_range=(n - k, n - 1))
+    vectors = np.ascontiguousarray(small)
+    held.carry_back(gram, factors, vectors)
+    return torch.from_numpy(found), torch.from_numpy(vectors)
+
+
+@lru_cache(1)
+def _tridiagonal() -> Any:
+    """The compiled reduction, or None without numba. (SciPy's wakes threads that get into the way of torch's.)"""
+    try:
+        from irgrow.kernels import tridiagonal_numba
+    except ImportError:
+        return None
+    return tridiagonal_numba
 
 
 def _by_svd(P: Tensor, k: int, note: str) -> TopK:

@@ -13,9 +13,12 @@ that S keeps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from irgrow.kernels.outer import Product, compiled
 
 # A sum of float32 products has, measured, eigenvalues up to 3e-8 of the largest that are rounding noise: what is
 # below cannot be told from zero, and dividing by it would make noise the largest direction.
@@ -23,7 +26,8 @@ RTOL = 1e-7
 # How far below zero (relative) rounding may push an eigenvalue, and how far S and S^T may differ.
 ROUNDING = 1e-6
 _MARGIN = 8.0  # the estimate of the smallest eigenvalue may be this much too large
-_PANEL = 96  # columns per step of the blocked Cholesky factorisation
+_PANEL = 96  # rows per step of the factorisation
+_GROUP = 16  # columns of a triangular system that are solved together
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +51,14 @@ class Whitening:
         """
         N = self._checked("N", N, self.factor.shape[-2])
         if self.route == "cholesky":
-            return torch.linalg.solve_triangular(self.factor, N, upper=False)
+            return _solve(self.factor, N)
         return self.factor.mT @ N
 
     def unapply(self, U: Tensor) -> Tensor:
         """W U: L^{-T} U, or V lambda^{-1/2} U. U [..., rank, k] -> [..., d, k], in the range of S."""
         U = self._checked("U", U, self.factor.shape[-1])
         if self.route == "cholesky":
-            return torch.linalg.solve_triangular(self.factor.mT, U, upper=True)
+            return _solve(self.factor, U, transposed=True)
         return self.factor @ U
 
     def _checked(self, name: str, matrix: Tensor, rows: int) -> Tensor:
@@ -137,24 +141,50 @@ def whiten_cost(d: int) -> tuple[int, int]:
 def _cholesky(S: Tensor) -> Tensor | None:
     """L with S = L L^T, or None where a pivot is not positive. Junk stays above the diagonal.
 
-    One matrix goes in panels: half of the time of LAPACK's potrf as MKL ships it, on machines without AVX-512 there.
+    One matrix goes in panels: what is left of a panel's rows is a triangular system with the rows before.
     """
-    d = S.shape[-1]
-    if S.ndim > 2 or d <= 2 * _PANEL or S.device.type != "cpu":
+    d, engine = S.shape[-1], _compiled(S)
+    if engine is None:
         L, info = torch.linalg.cholesky_ex(S)
         return L if not bool(info.any()) else None
-    L = S.clone()
+    U = _in_lines(S)  # L^T: its rows are what later panels multiply
     for a in range(0, d, _PANEL):
         b = min(a + _PANEL, d)
+        corner = U[a:b, a:b]
         if a:
-            L[a:, a:b].addmm_(L[a:, :a], L[a:b, :a].mT, alpha=-1.0)
-        pivot, info = torch.linalg.cholesky_ex(L[a:b, a:b])
+            engine.add([Product(corner, U[:a, a:b], U[:a, a:b])], scale=-1.0)
+        pivot, info = torch.linalg.cholesky_ex(corner)
         if int(info):
             return None
-        L[a:b, a:b] = pivot
+        corner.copy_(pivot.mT)
         if b < d:
-            L[b:, a:b] = torch.linalg.solve_triangular(pivot, L[b:, a:b].mT, upper=False).mT
-    return L
+            engine.substitute(U[:b, :b].mT, U, first=a, columns=(b, d))
+    return U[:, :d].mT
+
+
+def _solve(L: Tensor, B: Tensor, *, transposed: bool = False) -> Tensor:
+    """L^{-1} B, or L^{-T} B, for the Cholesky factor L."""
+    engine = _compiled(L)
+    if engine is None or B.ndim > 2:
+        return torch.linalg.solve_triangular(L.mT if transposed else L, B, upper=transposed)
+    X = _in_lines(B)
+    engine.substitute(L.mT if transposed else L, X, first=0, columns=(0, B.shape[1]), upper=transposed)
+    return X[:, : B.shape[1]]
+
+
+def _in_lines(matrix: Tensor) -> Tensor:
+    """A copy whose rows end after whole lines, with room for one group of columns more."""
+    rows, columns = matrix.shape
+    copy = matrix.new_zeros(rows, (-(-columns // _GROUP) + 1) * _GROUP)
+    copy[:, :columns] = matrix
+    return copy
+
+
+def _compiled(matrix: Tensor) -> Any:
+    """What works on this one matrix, compiled; None where LAPACK does as well."""
+    if matrix.ndim > 2 or matrix.shape[-1] <= 2 * _PANEL or matrix.device.type != "cpu":
+        return None
+    return compiled()
 
 
 def _condition(S: Tensor, L: Tensor) -> float:
@@ -168,8 +198,8 @@ def _condition(S: Tensor, L: Tensor) -> float:
     for _ in range(3):
         x = S @ (x / norm(x, dim=-2, keepdim=True))
         y = y / norm(y, dim=-2, keepdim=True)
-        y = torch.linalg.solve_triangular(L, y.expand(*S.shape[:-2], *y.shape[-2:]), upper=False)
-        y = torch.linalg.solve_triangular(L.mT, y, upper=True)
+        y = _solve(L, y.expand(*S.shape[:-2], *y.shape[-2:]))
+        y = _solve(L, y, transposed=True)
     largest, smallest_inverse = norm(x, dim=(-2, -1)), norm(y, dim=-2).amax(-1)
     diagonal = S.diagonal(dim1=-2, dim2=-1).amax(-1)  # a lower bound too: a dominant feature that the probe missed
     return float((torch.maximum(largest, diagonal) * smallest_inverse).max())

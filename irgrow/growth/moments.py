@@ -63,11 +63,13 @@ class Sums:
         shapes = {"S": (b, b), "M_prev": (b, columns), "S_in": (c, c), "M": (c, g), "C": (b, held), "E": (g, g)}
         return shapes | {"N": (b, columns)}
 
-    def total(self, name: str) -> Tensor:
-        """One sum over the samples added so far."""
+    def total(self, name: str, *, take: bool = False) -> Tensor:
+        """One sum over the samples added so far; `take`: the sum itself, to which nothing more may be added."""
         if name in self.grams:
             return self.grams[name].gram()
-        found = self._held(name, None).clone()
+        found = self._held(name, None)
+        if not take:
+            found = found.clone()
         if name in SYMMETRIC:
             mirror(found)
         for target, (c, _) in self.ranges.items():

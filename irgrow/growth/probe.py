@@ -29,6 +29,7 @@ from irgrow.ir.site import Site
 from irgrow.ir.statistics import MOMENTS, Statistics
 
 REDUCTIONS = ("mean", "sum")
+KEPT = 1 << 26  # numbers of the first run's batches that are kept for the second
 
 
 class Recordable(Protocol):
@@ -62,7 +63,8 @@ def probe(
     pairs are cut into batches of `batch_size`. `loss(outputs, targets)` is what the model is trained with
     and `reduction` how it combines samples (`mean` or `sum`). `want`: the moments (a method's `needs`;
     with none, the data is not read). `N` is what TINY needs: for image sites it is measured in a second
-    run over the data, with dW* from the first, because C would be far larger than N.
+    run over the data, with dW* from the first, because C would be far larger than N. Activations and gradients
+    of the first batches (256 MB of float32) are kept for it, so the model runs again for the others only.
     `batches`: stop after that many. `bias_row`: whether the constant 1 belongs to b (default: where the
     grown group has a bias). `taps`: `centre` restricts fan-outs of convolutions to their centre tap.
     `mode`: in `train` mode a batch norm takes mean and variance from the batch, as a training step does:
@@ -86,9 +88,10 @@ def probe(
             gathering.run(model, inputs, targets, loss)
         if gathering.twice:
             gathering.fix_moves()
-            for inputs, targets in islice(cut(data, batch_size, "probe"), batches):
+            kept = gathering.run_kept()
+            for inputs, targets in islice(cut(data, batch_size, "probe"), kept, batches):
                 gathering.run(model, inputs, targets, loss)
-    return gathering.statistics()
+    return gathering._means(last=True)
 
 
 @dataclass
@@ -145,6 +148,8 @@ class Gathering:
             want = {*self.want, "C"} if self.single_run and "N" in self.want else set(self.want)
             self.sums[name] = Sums(geometry, bias, frozenset(want))
         self._rows = Waiting()
+        self._kept: list[tuple[dict[str, Tensor], dict[str, Tensor], int]] = []
+        self._room = KEPT
         self._waiting: tuple[dict[str, Tensor], dict[str, Tensor], int] | None = None
 
     @property
@@ -156,11 +161,26 @@ class Gathering:
         """Ends the first run: what is added from now on measures N with the dW* so far."""
         if self.n == 0:
             raise BadData("probe: data", "no samples", "at least one")
-        found = self.statistics()
+        self._catch_up()
         self.second = True
         for name, sums in self.sums.items():
             if sums.twice:
-                sums.move = found[name].best_move
+                sums.move = self._statistics(name, sums, ("S_in", "M")).best_move
+
+    def run_kept(self) -> int:
+        """Adds again, for the second run, the first batches, which were kept, and forgets them; how many they were."""
+        kept, self._kept = self._kept, []
+        for values, gradients, count in kept:
+            if count:
+                self._add(values, gradients, count)
+        return len(kept)
+
+    def _keep(self, values: dict[str, Tensor], gradients: dict[str, Tensor], count: int) -> None:
+        """Keeps a batch for the second run, while there is room: running the model again would take longer."""
+        self._room -= sum(x.numel() for x in (*values.values(), *gradients.values()))
+        if self._room >= 0:
+            held = {n: x.clone() if n in self.network.inputs else x for n, x in values.items()}  # theirs may change
+            self._kept.append((held, gradients, count))
 
     @property
     def _active(self) -> list[Sums]:
@@ -214,6 +234,8 @@ class Gathering:
         """Adds a batch: one forward, one backward."""
         count = inputs[0].shape[0]
         if count == 0:
+            if self.twice and not self.second:
+                self._keep({}, {}, 0)
             return
         device = next(iter(self.network.tensors().values())).device
         inputs, targets = tuple(x.to(device) for x in inputs), targets.to(device)
@@ -247,6 +269,13 @@ class Gathering:
                 raise BadData(f"group {name!r}: gradient", "NaN or infinity", "finite values", do="check the loss")
         per_sample = {name: g * scale for name, g in gradients.items()}
         held = {name: value.detach() for name, value in values.items()}
+        if self.twice and not self.second:
+            self._keep(held, per_sample, count)
+        self._add(held, per_sample, count)
+
+    @torch.no_grad()
+    def _add(self, held: dict[str, Tensor], per_sample: dict[str, Tensor], count: int) -> None:
+        """Adds a batch of finite numbers; gradients per sample."""
         if any(_waits(sums) for sums in self._active):
             self._later(held, per_sample, count)
         for sums in self._active:
@@ -299,16 +328,20 @@ class Gathering:
 
     def statistics(self) -> dict[str, Statistics]:
         """The means so far; BadData if no sample was added."""
+        return self._means()
+
+    def _means(self, *, last: bool = False) -> dict[str, Statistics]:
+        """`statistics`; with `last` the memory of the sums is theirs, and nothing more may be added."""
         if self.n == 0 and self.want:
             raise BadData("probe: data", "no samples", "at least one")
         self._catch_up()
-        return {name: self._statistics(name, sums) for name, sums in self.sums.items()}
+        return {name: self._statistics(name, sums, sums.want, last) for name, sums in self.sums.items()}
 
-    def _statistics(self, name: str, sums: Sums) -> Statistics:
+    def _statistics(self, name: str, sums: Sums, want: Iterable[str], last: bool = False) -> Statistics:
         geometry = sums.geometry
-        moments = {k: sums.total(k).div_(self.n) for k in sums.want}
+        moments = {k: sums.total(k, take=last).div_(self.n) for k in want}
         if sums.move is not None:
-            moments["residual"] = sums.total("N").div_(self.n)
+            moments["residual"] = sums.total("N", take=last).div_(self.n)
         return Statistics(
             name,
             self.network.structure,

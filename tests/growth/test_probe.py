@@ -246,13 +246,57 @@ def test_statistics_from_training_steps(network) -> None:
         gathering.collect()
 
 
+@pytest.mark.parametrize("room", [0, 600, 1 << 26])
+def test_batches_that_are_kept_for_the_second_run_change_nothing(room: int, monkeypatch) -> None:
+    """With room for none, some and all, an empty batch among them; and the data is the user's to write over."""
+    b = ig.Builder(seed=0)
+    b.input("input", (2, 6, 6))
+    b.group("hidden", (3, 6, 6), activation="relu", bias=True)
+    b.connect("input", "hidden", ig.Conv2d((3, 3), (1, 1), (1, 1)))
+    b.output("output", (2, 6, 6), bias=True)
+    b.connect("hidden", "output", ig.Conv2d((3, 3), (1, 1), (1, 1)))
+    network = b.build()
+    draw = torch.Generator().manual_seed(0)
+    xs = [torch.randn(n, 2, 6, 6, generator=draw) for n in (2, 0, 3, 1)]
+    runs = []
+
+    class Reused:
+        """Batches that all lie in the same memory."""
+
+        def __iter__(self):
+            held = torch.empty(3, 2, 6, 6)
+            for x in xs:
+                held[: len(x)] = x
+                yield held[: len(x)], x.mean((1, 2, 3))
+
+    def loss(outputs, targets):
+        runs.append(len(outputs))
+        return (outputs.mean((1, 2, 3)) - targets).square().sum()
+
+    def found():
+        runs.clear()
+        return probe(ig.compile(network), Reused(), loss, sites=["hidden"], reduction="sum")["hidden"]
+
+    kept = found().N
+    assert len(runs) == 3
+    monkeypatch.setattr("irgrow.growth.probe.KEPT", room)
+    again = found().N
+    assert len(runs) == {0: 6, 600: 5, 1 << 26: 3}[room], runs
+    assert relative(again, kept) < 1e-12
+
+
 @pytest.mark.parametrize("network, places", [(mlp(), 1), (residual(), 2)], ids=["mlp", "residual"])
 def test_explain_counts_the_kernels_that_ran(network, places, monkeypatch) -> None:
-    outer = pytest.importorskip("irgrow.kernels.outer_numba")
+    outer = pytest.importorskip("irgrow.kernels.outer_cpu")
     from irgrow.kernels import outer as door
 
     ran = []
-    monkeypatch.setattr(outer, "add", lambda *given, add=outer.add: ran.append(1) or add(*given))
+
+    def add(*given, adding=outer.add, **options):
+        ran.append(1)
+        return adding(*given, **options)
+
+    monkeypatch.setattr(outer, "add", add)
     model, (x, y) = ig.compile(network), drawn(network, 12)
     site = next(site.name for site in ig.Site.all(network))
 

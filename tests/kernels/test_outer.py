@@ -176,6 +176,21 @@ def test_outer_sums_of_two_halves_add_up():
         assert relative(sums[1][pair] + sums[2][pair], sums[0][pair]) < 1e-12
 
 
+def test_whole_chunks_are_multiplied_where_they_are():
+    """The same bits as through the buffer, which nothing is copied into; not where something waits, or is scaled."""
+    b, g = features(96, 20, torch.float32), features(96, 7, torch.float32, 1)
+    pairs = [("b", "b"), ("b", "g")]
+    whole, pieces, scaled = (OuterSums(pairs, chunk=32) for _ in range(3))
+    whole.add({"b": b, "g": g})
+    for part in range(0, 96, 24):
+        pieces.add({"b": b[part : part + 24], "g": g[part : part + 24]})
+    scaled.add({"b": b, "g": g}, scales={"g": 2.0})
+    for pair in pairs:
+        assert torch.equal(whole[pair], pieces[pair])
+    assert torch.equal(scaled["b", "g"], 2.0 * whole["b", "g"])
+    assert whole._filled == 0 and whole.n == 96
+
+
 def test_outer_sums_of_nothing_are_zero():
     sums = OuterSums([("b", "b")], ones={"b"})
     sums.add({"b": torch.empty(0, 4)})
@@ -191,6 +206,41 @@ def test_repeats_bit_for_bit_and_without_onednn(onednn, monkeypatch):
     for S, M in runs:
         assert torch.equal(S, runs[0][0]) and torch.equal(M, runs[0][1])
     assert relative(mirror(runs[0][0]), accumulate_gram_reference(zeros(400, 400), b)) < TOLERANCE[torch.float32]
+
+
+def test_the_same_bits_with_any_number_of_threads(monkeypatch):
+    shared = pytest.importorskip("irgrow.kernels.shared")
+    monkeypatch.setattr(shared, "_WORK_PER_THREAD", 1)
+    b, g, kept, asked = (
+        features(300, 130, torch.float32),
+        features(300, 90, torch.float32, 1),
+        torch.get_num_threads(),
+        [],
+    )
+    found, parts = [], shared.parts_for
+    monkeypatch.setattr(shared, "parts_for", lambda *given: asked.append(parts(*given)) or asked[-1])
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((accumulate_gram(zeros(130, 130), b), accumulate(zeros(130, 90), b, g)))
+        monkeypatch.setattr(shared, "_torch_threads", lambda: None)  # none to be found: threads of our own
+        found.append((accumulate_gram(zeros(130, 130), b), accumulate(zeros(130, 90), b, g)))
+    finally:
+        torch.set_num_threads(kept)
+    assert asked == [1, 1, 2, 2, 3, 3, 3, 3]
+    for S, M in found:
+        assert torch.equal(S, found[0][0]) and torch.equal(M, found[0][1])
+
+
+def test_nothing_beside_the_operands_is_read():
+    """What lies before, between and after them is NaN."""
+    room = torch.full((40, 60), float("nan"))
+    for rows, width in ((17, 3), (33, 37), (40, 45)):
+        b = room.clone()[:rows, 5 : 5 + width]
+        b.copy_(features(rows, width, torch.float32))
+        found = mirror(accumulate_gram(zeros(width, width), b))
+        assert relative(found, accumulate_gram_reference(zeros(width, width), b)) < TOLERANCE[torch.float32]
+        assert relative(accumulate(zeros(width, width), b.T.contiguous().T, b), found) < TOLERANCE[torch.float32]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -171,3 +171,31 @@ def test_callers_mistakes():
         P[2, 1] = bad
         with pytest.raises(ValueError, match="1 entries that are NaN or infinite"):
             top_singular(P, 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 41, 130, 200])
+@pytest.mark.parametrize("kind", ["random", "diagonal", "equal", "low rank"])
+def test_last_eigenvectors(n: int, kind: str) -> None:
+    """Also where reflections have nothing to do, and for eigenvalues that are equal or zero."""
+    made = {
+        "random": lambda: matrix(n + 30, n),
+        "diagonal": lambda: torch.diag(torch.arange(1.0, n + 1, dtype=torch.float64)),
+        "equal": lambda: torch.linalg.qr(matrix(n, n)).Q * 3.0,
+        "low rank": lambda: matrix(n + 5, 2) @ matrix(2, n, 1),
+    }
+    P, k = made[kind](), min(n, 5)
+    values, vectors = topk._last_eigenvectors(P, k)
+    G = P.T @ P
+    size = float(torch.linalg.matrix_norm(G, 2)) if n else 1.0
+    assert (values - torch.linalg.eigvalsh(G)[n - k :]).abs().max() < 1e-12 * size
+    assert (G @ vectors - vectors * values).abs().max() < 1e-11 * size
+    assert (vectors.T @ vectors - torch.eye(k, dtype=torch.float64)).abs().max() < 1e-10
+
+
+def test_last_eigenvectors_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    P = matrix(90, 60)
+    compiled = topk._last_eigenvectors(P, 4)
+    monkeypatch.setattr(topk, "_tridiagonal", lambda: None)
+    plain = topk._last_eigenvectors(P, 4)
+    assert (compiled[0] - plain[0]).abs().max() < 1e-12 * plain[0][-1]
+    assert ((compiled[1].T @ plain[1]).abs() - torch.eye(4, dtype=torch.float64)).abs().max() < 1e-10

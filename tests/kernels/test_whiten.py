@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from irgrow.kernels import whiten as module
 from irgrow.kernels.whiten import (
     RTOL,
     Whitening,
@@ -223,3 +224,27 @@ def test_other_mistakes():
         whiten(torch.eye(2)).unapply(torch.ones(2))
     with pytest.raises(ValueError, match=r"jitter is -1"):
         whiten(torch.eye(2), jitter=-1)
+
+
+@pytest.mark.parametrize("d", [192, 193, 200, 257, 391])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 50])
+def test_triangular_systems_of_any_size(d: int, columns: int) -> None:
+    """Around the compiled panels and groups of columns; the control: without compiled code, by LAPACK."""
+    S, B = gram(features(d + 50, d)), features(d, columns, 1)
+    L = module._cholesky(S)
+    assert L is not None and relative(L.tril() @ L.tril().mT, S) < 1e-12
+    assert relative(L.tril() @ module._solve(L, B), B) < 1e-12
+    assert relative(L.tril().mT @ module._solve(L, B, transposed=True), B) < 1e-12
+    lower = L.tril()
+    strange = lower + torch.full_like(S, float("nan")).triu(1)  # what is above the diagonal is never read
+    for transposed in (False, True):
+        matrix = lower.mT if transposed else lower
+        expected = torch.linalg.solve_triangular(matrix, B, upper=transposed)
+        assert relative(module._solve(strange, B, transposed=transposed), expected) < 1e-12
+
+
+def test_a_pivot_that_is_not_positive_is_seen_in_any_panel() -> None:
+    for at in (0, 100, 299):
+        S = torch.eye(300, dtype=torch.float64)
+        S[at, at] = -1e-3
+        assert module._cholesky(S) is None
