@@ -126,6 +126,40 @@ def _gradients(like, operands):
                     )
 
 
+@compiled
+def _put(like, operands):
+    """out[place[e]] = values[e] for edges first..last."""
+    values_at, places, out_at, first, last = operands
+    values, out, place = pointer(values_at, like), pointer(out_at, like), pointer(places, types.int64(0))
+    for e in range(first, last):
+        out[place[e]] = values[e]
+
+
+@compiled
+def _take(like, operands):
+    """out[e] = values[place[e]] for edges first..last."""
+    values_at, places, out_at, first, last = operands
+    values, out, place = pointer(values_at, like), pointer(out_at, like), pointer(places, types.int64(0))
+    for e in range(first, last):
+        out[e] = values[place[e]]
+
+
+@compiled
+def _copy(like, operands):
+    """Rows first..last of out [rows, pitch] become those of x, zero after the batch; tile by tile, for any strides."""
+    x_at, row_step, step, batch, out_at, pitch, first, last = operands
+    x, out = pointer(x_at, like), pointer(out_at, like)
+    line = lanes_of(like)
+    zero = constant(0.0, like)
+    for start in range(0, pitch, line):
+        stop = min(start + line, batch)
+        for r in range(first, last):
+            for b in range(start, stop):
+                out[r * pitch + b] = x[r * row_step + b * step]
+            for b in range(max(start, batch), start + line):
+                out[r * pitch + b] = zero
+
+
 # --- entry points ---------------------------------------------------------------------------------------------
 
 
@@ -148,7 +182,22 @@ def _entry_points(sources: int) -> tuple[Any, ...]:
         _gradients(like, operands)
         return sources
 
-    return multiply, differentiate, gradients
+    @entry
+    def put(like, operands):
+        _put(like, operands)
+        return sources
+
+    @entry
+    def take(like, operands):
+        _take(like, operands)
+        return sources
+
+    @entry
+    def copy(like, operands):
+        _copy(like, operands)
+        return sources
+
+    return multiply, differentiate, gradients, put, take, copy
 
 
-multiply, differentiate, gradients = _entry_points(SOURCES)
+multiply, differentiate, gradients, put, take, copy = _entry_points(SOURCES)

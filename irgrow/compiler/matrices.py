@@ -121,9 +121,8 @@ class Matrix:
         if route != "blocks":
             return masked_matmul.masked_matmul(self.mask, x, values, bias, activation=activation, route=route)
         assert self._blocks is not None
-        number, size = self._blocks.blocks, self._blocks.size
         edges = values[: self.mask.values] if self._index is None else values.index_select(0, self._index)
-        blocks = values.new_zeros(number * size**2).scatter(0, self._place, edges).view(number, size, size)
+        blocks = block_sparse.in_blocks(self._blocks, self._place, edges)
         return block_sparse.block_sparse_matmul(self._blocks, x, blocks, bias, activation=activation, route="blocks")
 
     @property
