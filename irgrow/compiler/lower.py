@@ -254,8 +254,8 @@ class WalkStep:
     def run(self, run: Run) -> None:
         x = _side_by_side(self._inputs, run)
         tensors = run.tensors
-        w = [tensors[name] for name in self.weights]
-        b = [tensors[name] for name in self._biases] if self._biases else None
+        w = tuple([tensors[name] for name in self.weights])
+        b = tuple([tensors[name] for name in self._biases]) if self._biases else None
         offset = self._offset(run, x) if self._offsets or run.shifts else None
         if self._walk is walk_kernel.walk and not run.record:
             run.slots[self.slot] = walk_kernel.walk_rows(self.plan, self._read, x, w, b, offset)

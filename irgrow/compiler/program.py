@@ -16,7 +16,7 @@ from irgrow.ir.network import Network
 from irgrow.ir.pattern import Shape
 
 
-@dataclass
+@dataclass(slots=True)
 class Run:
     """One pass through a program: what every step may read and write.
 
@@ -44,7 +44,7 @@ class Step(Protocol):
     def run(self, run: Run) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Columns of one slot, as [B, n]. `index` None: all of them."""
 
@@ -65,7 +65,7 @@ class Piece:
         return value[:, self.index] if isinstance(self.index, slice) else value.index_select(1, self.index)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fetch:
     """Neurons of one group, wherever steps left them, in the order they were asked for."""
 
@@ -176,8 +176,8 @@ class Program:
         run = Run(tensors, slots, batch, train, shifts or {}, bool(values), route)
         for step in self.steps:
             step.run(run)
-        recorded = {name: self.places.fetch(name).shaped(run) for name in values}
-        return tuple(fetch.shaped(run) for fetch in self.outputs), recorded
+        recorded = {name: self.places.fetch(name).shaped(run) for name in values} if values else {}
+        return tuple([fetch.shaped(run) for fetch in self.outputs]), recorded
 
     def explain(self) -> str:
         """The steps, and why each is computed the way it is."""

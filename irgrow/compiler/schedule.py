@@ -246,7 +246,8 @@ def _loop(network: Network, names: tuple[str, ...], engine: Engine) -> list[Stag
             if network.groups[name].aggregation == "max":
                 dense, reason = False, "a maximum over single edges"
             elif isinstance(bundle.pattern, Sparse):
-                dense, reason = _choice(bundle, network, engine, np.unique(network.levels[name]).size)
+                levels = np.unique(network.levels[name]).size if engine.wide else 1
+                dense, reason = _choice(bundle, network, engine, levels)
             elif isinstance(bundle.pattern, (Window, Identity)) and not _one_level(network, bundle):
                 dense, reason = False, "a pattern whose target lies on several levels"
             (blocks if dense else walked)[name].append(bundle)
