@@ -178,7 +178,8 @@ def in_blocks(mask: BlockMask, place: Tensor, values: Tensor) -> Tensor:
 
     place [edges] int64, no entry twice; values [edges] or longer.
     """
-    values = values[: len(place)]
+    if len(values) > len(place):  # a slice's gradient is a copy
+        values = values[: len(place)]
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if plain or forward_ad._current_level >= 0 or not values.is_cpu or values.dtype not in LIKE or not _compiled():
         flat = values.new_zeros(mask.blocks * mask.size**2).scatter(0, place, values)

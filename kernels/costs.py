@@ -1,6 +1,6 @@
 """What multiplying by a matrix of which some entries exist takes on a CPU, by route: measured constants.
 
-`irgrow bench routes` measures them again and prints this table. float32; float64 takes twice as long by every route.
+`python -m bench.routes` measures them again and prints this table. float32; float64 takes twice as long by every route.
 
     walk       together with other rows in one region (walk.py)
     sparse     entry by entry, as a call of its own (masked_matmul.py)
@@ -40,23 +40,24 @@ class Cost:
 
 # (route, with the backward pass)
 COSTS = {
-    ("walk", False): Cost(20e3, 0.5, 0.037, 0.0, 0.0, 0.1),
-    ("walk", True): Cost(60e3, 2.8, 0.120, 0.0, 0.0, 0.3),
-    ("sparse", False): Cost(25e3, 0.5, 0.037, 0.0, 0.0, 0.1),
-    ("sparse", True): Cost(80e3, 2.8, 0.120, 0.0, 0.0, 0.3),
-    ("dense", False): Cost(25e3, 1.0, 0.0, 0.6, 0.0115, 0.1),
-    ("dense", True): Cost(100e3, 2.5, 0.0, 1.0, 0.033, 0.3),
-    ("blocks", False): Cost(30e3, 1.0, 0.0, 0.1, 0.0115, 0.1),
-    ("blocks", True): Cost(100e3, 2.5, 0.0, 0.3, 0.033, 0.3),
+    ("walk", False): Cost(19.5e3, 0.38, 0.03, 0, 0, 0.7),
+    ("walk", True): Cost(110e3, 2.35, 0.1, 0, 0, 1.8),
+    ("sparse", False): Cost(28.8e3, 0.365, 0.0315, 0, 0, 0.48),
+    ("sparse", True): Cost(138e3, 2.15, 0.105, 0, 0, 1.7),
+    ("dense", False): Cost(52e3, 0.7, 0, 0.3, 0.0135, 0.1),
+    ("dense", True): Cost(162e3, 2.0, 0, 0.6, 0.047, 0.4),
+    ("blocks", False): Cost(47e3, 0.4, 0, 0.47, 0.0235, 0.6),
+    ("blocks", True): Cost(130e3, 2.0, 0, 0.7, 0.065, 1.5),
 }
 
 
 def features(route: str, size: Size) -> tuple[float, ...]:
     """What each constant of a `Cost` is multiplied with."""
     batch = size.batch if size.batch < 2 and route in ("walk", "sparse") else -(-size.batch // LINE) * LINE
+    by_edge = size.edges * batch if route in ("walk", "sparse") else 0
     entries = {"dense": size.rows * size.columns, "blocks": size.entries}.get(route, 0)
     values = (size.rows + size.columns) * batch
-    return 1.0, size.edges, size.edges * batch, entries, entries * batch, values
+    return 1.0, size.edges, by_edge, entries, entries * batch, values
 
 
 def estimate(route: str, size: Size, *, training: bool, calls: bool = True) -> float:

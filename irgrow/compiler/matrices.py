@@ -121,7 +121,7 @@ class Matrix:
         if route != "blocks":
             return masked_matmul.masked_matmul(self.mask, x, values, bias, activation=activation, route=route)
         assert self._blocks is not None
-        edges = values[: self.mask.values] if self._index is None else values.index_select(0, self._index)
+        edges = values if self._index is None else values.index_select(0, self._index)
         blocks = block_sparse.in_blocks(self._blocks, self._place, edges)
         return block_sparse.block_sparse_matmul(self._blocks, x, blocks, bias, activation=activation, route="blocks")
 

@@ -113,7 +113,7 @@ def level(kind: str, n: int = 256) -> Network:
 
 def priced(cheap: str) -> dict[tuple[str, bool], Cost]:
     """All routes at the same price but one, which is nearly free for large batches and dear for small ones."""
-    even, better = Cost(1e3, 1.0, 1.0, 0.0, 0.0, 0.0), Cost(1e6, 0.0, 1e-3, 0.0, 0.0, 0.0)
+    even, better = Cost(1e3, 1.0, 1.0, 1.0, 1.0, 0.0), Cost(1e6, 0.0, 1e-3, 0.0, 1e-3, 0.0)
     return {(route, training): better if route == cheap else even for route in ROUTES for training in (False, True)}
 
 
