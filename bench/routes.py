@@ -28,16 +28,17 @@ ROUTES = ("walk", "sparse", "dense", "blocks")
 @op(
     "routes",
     cases=[
-        {"n": n, "density": density, "block": 1, "batch": batch, "backward": backward}
-        for n in WIDTHS
-        for density in DENSITIES
-        for batch in BATCHES
-        for backward in (False, True)
-    ]
-    + [
         {"n": n, "density": density, "block": block, "batch": batch, "backward": backward}
-        for n in (512, 2048)
-        for density, block in BLOCKS
+        for n, density, block in (
+            (256, 0.2, 1),
+            (512, 0.05, 1),
+            (512, 0.4, 1),
+            (1024, 0.05, 1),
+            (1024, 0.2, 1),
+            (512, 0.1, 16),
+            (512, 0.2, 32),
+            (1024, 0.2, 64),
+        )
         for batch in BATCHES
         for backward in (False, True)
     ],
