@@ -60,7 +60,6 @@ def features(route: str, size: Size) -> tuple[float, ...]:
     return 1.0, size.edges, by_edge, entries, entries * batch, values
 
 
-def estimate(route: str, size: Size, *, training: bool, calls: bool = True) -> float:
-    """Nanoseconds by this route, with the backward pass if `training`; without the call itself unless `calls`."""
-    first, *rest = (c * f for c, f in zip(astuple(COSTS[route, training]), features(route, size), strict=True))
-    return (first if calls else 0.0) + sum(rest)
+def estimate(route: str, size: Size, *, training: bool) -> float:
+    """Nanoseconds by this route, with the backward pass if `training`."""
+    return sum(c * f for c, f in zip(astuple(COSTS[route, training]), features(route, size), strict=True))

@@ -214,6 +214,7 @@ class WalkStep:
         self._shift_rows = {g.name: (places.tensor(rows), places.tensor(local)) for g, rows, local in self._groups}
         self._slot, self.slot = places.new_slot(by_rows=True), places.new_slot(by_rows=False)
         self._read = self._publish(network, stage, places)
+        self.published_rows = self._read.count
         self._read_index = places.tensor(self._read.tensor.numpy())
         self.reason = "; ".join(stage.reasons)
         names = ", ".join(
@@ -306,19 +307,24 @@ class EitherStep:
         self._read = [places.fetch(name) for name in walk.published]
         self._chosen: dict[tuple[int, bool], bool] = {}
         names = {False: "the walk", True: "the matrices"}
-        when = [by_batch(lambda batch, t=training: names[self.by_steps(batch, t)]) for training in (False, True)]  # type: ignore[misc]
         self.text = walk.text
-        self.reason = f"{walk.reason}; {when[0]}, with gradients {when[1]}; {'; '.join(step.reason for step in steps)}"
+        alike: dict[str, int] = {}
+        for matrix in (matrix for step in steps for matrix in step.matrices):
+            alike[matrix.explain()] = alike.get(matrix.explain(), 0) + 1
+        matrices = "; ".join(f"matrices ({count}): {how}" for how, count in alike.items())
+        when = by_batch(lambda batch, training: names[self.by_steps(batch, training)])
+        self.reason = f"{walk.reason}; {when}; {matrices}"
 
     def by_steps(self, batch: int, training: bool) -> bool:
         """Whether the matrices take less time than the walk; a function of the structure and these."""
         key = batch, training
         if key not in self._chosen:
-            call = costs.COSTS["walk", training].call
-            walk, levels = call, sum(step.walks for step in self.steps) * call
-            for matrix in (matrix for step in self.steps for matrix in step.matrices):
-                walk += matrix.estimate("walk", batch, training, calls=False)
-                levels += matrix.estimate(matrix.route(batch, training), batch, training)
+            matrices = [matrix for step in self.steps for matrix in step.matrices]
+            edges = sum(matrix.mask.edges for matrix in matrices)
+            size = costs.Size(self._walk.plan.inputs, self._walk.published_rows, edges, batch)
+            walk = costs.estimate("walk", size, training=training)
+            levels = sum(step.walks for step in self.steps) * costs.COSTS["walk", training].call
+            levels += sum(m.estimate(m.route(batch, training), batch, training) for m in matrices)
             self._chosen[key] = levels < walk
         return self._chosen[key]
 

@@ -102,9 +102,9 @@ class Matrix:
             self._chosen[key] = min(routes, key=lambda route: self.estimate(route, batch, training))
         return self._chosen[key]
 
-    def estimate(self, route: str, batch: int, training: bool, *, calls: bool = True) -> float:
+    def estimate(self, route: str, batch: int, training: bool) -> float:
         """Nanoseconds on a CPU."""
-        return costs.estimate(route, self.size(batch), training=training, calls=calls)
+        return costs.estimate(route, self.size(batch), training=training)
 
     def size(self, batch: int) -> costs.Size:
         """What its costs depend on."""
@@ -133,10 +133,7 @@ class Matrix:
         """Which route runs when."""
         names = {"blocks": "blocks"} if self._blocks is None else {"blocks": f"blocks of {self._blocks.size}"}
         if self._on_cpu:
-            return ", ".join(
-                f"{by_batch(lambda batch, t=training: names.get(r := self.route(batch, t), r))}{when}"  # type: ignore[misc]
-                for training, when in ((False, ""), (True, " with gradients"))
-            )
+            return by_batch(lambda batch, training: names.get(r := self.route(batch, training), r))
         route = self.routes[0]
         if route == "auto":
             mask = self.mask
@@ -144,16 +141,19 @@ class Matrix:
         return f"{names.get(route, route)} by {self._engine.by}" if self._engine.wide else route
 
 
-def by_batch(choice: Callable[[int], str]) -> str:
-    """What is chosen as the batch becomes larger: `sparse, from batch 128 dense`."""
-    said: list[str] = []
-    before = ""
-    for batch in BATCHES:
-        now = choice(batch)
-        if now != before:
-            said.append(now if not said else f"from batch {batch} {now}")
-        before = now
-    return ", ".join(said)
+def by_batch(choice: Callable[[int, bool], str]) -> str:
+    """What is chosen as the batch grows: `sparse, from batch 128 dense; with gradients: sparse`."""
+    found = []
+    for training in (False, True):
+        said: list[str] = []
+        before = ""
+        for batch in BATCHES:
+            now = choice(batch, training)
+            if now != before:
+                said.append(now if not said else f"from batch {batch} {now}")
+            before = now
+        found.append(", ".join(said))
+    return found[0] if found[0] == found[1] else f"{found[0]}; with gradients: {found[1]}"
 
 
 def blocks_of(
