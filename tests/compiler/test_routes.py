@@ -36,14 +36,16 @@ def pattern(rows: int, columns: int, kind: str, seed: int = 0) -> ig.Sparse:
 
 
 def network(kind: str, dtype: torch.dtype = torch.float64) -> Network:
-    """x -> a -> y (two sparse levels, a bias, a dense part and few single edges beside them) and a norm."""
+    """x -> a -> c -> b -> y: two levels that may be one walk, one under a norm, one beside a few single edges."""
     builder = ig.Builder(seed=0, dtype=dtype)
     builder.input("x", 48)
     builder.group("a", 64, activation="gelu", bias=True)
+    builder.group("c", 64, activation="sin")
     builder.group("b", 64, activation="tanh", norm="layer")
     builder.output("y", 32, activation="relu")
     builder.connect("x", "a", pattern(64, 48, kind))
-    builder.connect("a", "b", pattern(64, 64, kind, 1))
+    builder.connect("a", "c", pattern(64, 64, kind, 3))
+    builder.connect("c", "b", pattern(64, 64, kind, 1))
     builder.connect("b", "y", pattern(32, 64, kind, 2))
     builder.connect("x", "y", ig.Sparse(np.arange(5), np.arange(5)))
     return builder.build()
