@@ -55,15 +55,16 @@ def irregular(*, net: str, batch: int, backward: bool, neurons: int, device: str
     threads = sorted({1, torch.get_num_threads()})
     goals = GOALS[net] if device == "cpu" else (None,) * 4
     if not backward:
-        yield Case(
-            label,
-            ours=lambda: _forward(model, x),
-            opponents=engines.forward_engines(levels, x),
-            tolerance=1e-4,
-            goal={1: goals[0], 32: goals[1], 256: goals[2]}.get(batch),
-            cost=(2.0 * edges * batch, forward_bytes),
-            threads=threads,
-        )
+        with torch.no_grad():
+            yield Case(
+                label,
+                ours=lambda: model(x),
+                opponents=engines.forward_engines(levels, x),
+                tolerance=1e-4,
+                goal={1: goals[0], 32: goals[1], 256: goals[2]}.get(batch),
+                cost=(2.0 * edges * batch, forward_bytes),
+                threads=threads,
+            )
         return
     g = torch.randn(batch, levels.outputs, generator=draw).to(device)
     parameters = [model.tensors()[bundle.tensor] for bundle in network.bundles.values()]
@@ -85,11 +86,6 @@ def irregular(*, net: str, batch: int, backward: bool, neurons: int, device: str
     if net == "grown 1k" and batch == 32:
         scatter = {SCATTER: opponents[SCATTER]}
         yield Case(f"{label}, scatter", opponents=scatter, goal=SCATTER_GOAL if device == "cpu" else None, **common)
-
-
-@torch.no_grad()
-def _forward(model: ig.CompiledNetwork, x: torch.Tensor) -> Any:
-    return model(x)
 
 
 def _network(net: str, neurons: int) -> ig.Network:

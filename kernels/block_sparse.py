@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from irgrow.kernels import gpu
 from irgrow.kernels.activations import ACTIVATIONS
-from irgrow.kernels.shared import COMPILED, share
+from irgrow.kernels.shared import COMPILED, reference_gradients, share
 from irgrow.kernels.walk_plan import SLOPE_STORED
 
 SIZES = (16, 32, 64)
@@ -172,6 +172,50 @@ def block_sparse_matmul_cost(mask: BlockMask, batch: int, *, itemsize: int = 4) 
 # --- compiled, on the CPU -------------------------------------------------------------------------------------
 
 
+def in_blocks(mask: BlockMask, place: Tensor, values: Tensor) -> Tensor:
+    """[blocks, size, size] with values[e] at entry place[e] of them all, zero elsewhere; differentiable.
+
+    place [edges] int64, no entry twice; values [edges] or longer.
+    """
+    if len(values) > len(place):  # a slice's gradient is a copy
+        values = values[: len(place)]
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if plain or forward_ad._current_level >= 0 or not values.is_cpu or values.dtype not in COMPILED or not _compiled():
+        flat = values.new_zeros(mask.blocks * mask.size**2).scatter(0, place, values)
+    else:
+        flat = _Put.apply(values, place, mask.blocks * mask.size**2)
+    return flat.view(mask.blocks, mask.size, mask.size)
+
+
+class _Put(torch.autograd.Function):
+    """`in_blocks`, flat. Differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, place: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(place)
+        return _moved(_compiled().put, values, place, length)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
+            return incoming.gather(0, place), None, None
+        return _moved(_compiled().take, incoming, place, len(place)), None, None
+
+
+def _moved(kernel: Any, values: Tensor, place: Tensor, length: int) -> Tensor:
+    """A vector of this length, filled by the kernel; not by torch, whose threads would be in the way of ours."""
+    values = values.detach().resolve_neg().contiguous()
+    out = values.new_empty(length) if length == len(place) else values.new_zeros(length)
+    addresses = values.data_ptr(), place.data_ptr(), out.data_ptr()
+    share(kernel, values.dtype, addresses, len(place), 4 * len(place))
+    return out
+
+
+def _reference(mask: BlockMask, activation: str, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    return block_sparse_matmul_reference(mask, x, values, bias, activation=activation)
+
+
 class _Blocks(torch.autograd.Function):
     """act(W x + bias) over the blocks that exist. Twice differentiable: the second time through the reference."""
 
@@ -194,11 +238,12 @@ class _Blocks(torch.autograd.Function):
         x, values, bias, padded, y, slopes = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
-            return None, *_reference_gradients(mask, (x, values, bias), ctx.activation, incoming, needs), None
+            found = reference_gradients(partial(_reference, mask, ctx.activation), (x, values, bias), needs, incoming)
+            return None, *found, None
         code, batch = ACTIVATIONS[ctx.activation].code, x.shape[1]
         dz = torch.empty_like(y)
         d_bias = values.new_empty(mask.rows) if needs[2] else None
-        g = incoming if incoming.stride(1) == 1 or batch < 2 else incoming.contiguous()
+        g = incoming.resolve_neg() if incoming.stride(1) == 1 or batch < 2 else _in_lines(incoming)
         fixed = (g.data_ptr(), g.stride(0), dz.data_ptr(), y.data_ptr(), _address(slopes), y.shape[1], _address(d_bias))
         share(_compiled().differentiate, x.dtype, (*fixed, code, batch), mask.rows, mask.rows * batch)
         d_x, d_values = None, None
@@ -244,36 +289,21 @@ def _in_lines(x: Tensor) -> Tensor:
     line = _LINE_BYTES // x.element_size()
     batch, pitch = x.shape[1], -(-x.shape[1] // line) * line
     x = x.detach().resolve_neg()
-    if batch == pitch:
-        return x.contiguous()
-    padded = x.new_empty(len(x), pitch)
-    padded[:, :batch], padded[:, batch:] = x, 0.0
+    if batch == pitch and x.is_contiguous():
+        return x
+    padded = x.new_empty(len(x), pitch)  # not filled by torch: its threads would be in the way of ours
+    share(
+        _compiled().copy,
+        x.dtype,
+        (x.data_ptr(), *x.stride(), batch, padded.data_ptr(), pitch),
+        len(x),
+        8 * len(x) * pitch,
+    )
     return padded
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _reference_gradients(
-    mask: BlockMask,
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    activation: str,
-    incoming: Tensor,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The gradients by differentiating the reference; differentiable again."""
-    with torch.enable_grad():
-        # An alias per operand, so that one operand's own dependence on another is not counted here.
-        aliases = [None if t is None else t.view_as(t) for t in operands]
-        wanted = [
-            a if a.requires_grad else a.requires_grad_()
-            for a, n in zip(aliases, needs, strict=True)
-            if n and a is not None
-        ]
-        y = block_sparse_matmul_reference(mask, *aliases, activation=activation)  # type: ignore[arg-type]
-        found = iter(torch.autograd.grad(y, wanted, incoming, create_graph=torch.is_grad_enabled()))
-    return tuple(next(found) if need else None for need in needs)
 
 
 @lru_cache(1)

@@ -123,6 +123,40 @@ def _gradients(like, operands):
                     )
 
 
+@compiled
+def _put(like, operands):
+    """out[place[e]] = values[e] for edges first..last."""
+    values_at, places, out_at, first, last = operands
+    values, out, place = pointer(values_at, like), pointer(out_at, like), pointer(places, types.int64(0))
+    for e in range(first, last):
+        out[place[e]] = values[e]
+
+
+@compiled
+def _take(like, operands):
+    """out[e] = values[place[e]] for edges first..last."""
+    values_at, places, out_at, first, last = operands
+    values, out, place = pointer(values_at, like), pointer(out_at, like), pointer(places, types.int64(0))
+    for e in range(first, last):
+        out[e] = values[place[e]]
+
+
+@compiled
+def _copy(like, operands):
+    """Rows first..last of out [rows, pitch] become those of x, zero after the batch; tile by tile, for any strides."""
+    x_at, row_step, step, batch, out_at, pitch, first, last = operands
+    x, out = pointer(x_at, like), pointer(out_at, like)
+    line = lanes_of(like)
+    zero = constant(0.0, like)
+    for start in range(0, pitch, line):
+        stop = min(start + line, batch)
+        for r in range(first, last):
+            for b in range(start, stop):
+                out[r * pitch + b] = x[r * row_step + b * step]
+            for b in range(max(start, batch), start + line):
+                out[r * pitch + b] = zero
+
+
 # --- entry points ---------------------------------------------------------------------------------------------
 
 
@@ -154,3 +188,33 @@ def gradients(sources, zero):
             _gradients(zero, words(at, 10))
 
     return gradients
+
+
+@Entry
+def put(sources, zero):
+    @entry
+    def put(at):
+        if sources:
+            _put(zero, words(at, 5))
+
+    return put
+
+
+@Entry
+def take(sources, zero):
+    @entry
+    def take(at):
+        if sources:
+            _take(zero, words(at, 5))
+
+    return take
+
+
+@Entry
+def copy(sources, zero):
+    @entry
+    def copy(at):
+        if sources:
+            _copy(zero, words(at, 8))
+
+    return copy

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from irgrow.kernels import gpu, masked_matmul_cpu
+from irgrow.kernels import costs, gpu, masked_matmul_cpu
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.graph import compressed_rows, first_duplicate
 from irgrow.kernels.masked_matmul_cpu import Panels, panels
@@ -33,11 +33,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 ROUTES = ("auto", "sparse", "dense")
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
-# What an entry costs on one core (AVX-512, float32), in nanoseconds: (once, per column of the batch), forward alone
-# and with the backward pass. "dense" is per entry of the full matrix, "scatter" per existing one on the dense route.
-_SPARSE = {False: (0.5, 0.037), True: (2.8, 0.120)}
-_DENSE = {False: (0.6, 0.0115), True: (1.0, 0.033)}
-_SCATTER = {False: 1.0, True: 2.5}
 _CROSSOVER_GPU = 0.04  # estimated, not measured: an edge fetches 4 bytes from the L2 cache per column of the batch
 
 
@@ -172,13 +167,12 @@ def choose(
         return route, f"{edges} of {rows}x{columns} entries are {side} {100 * _CROSSOVER_GPU:.0f} % (an estimate)"
     if not _has_numba():
         return "dense", "numba is not installed"
-    full = max(1, rows * columns)
-    (once, per_column), (full_once, full_per_column) = _SPARSE[training], _DENSE[training]
-    more = once + per_column * batch - _SCATTER[training]  # what an edge costs more than on the dense route
-    crossover = min(1.0, (full_once + full_per_column * batch) / more) if more > 0 else 1.0
-    route, side = ("sparse", "not above") if edges <= crossover * full else ("dense", "above")
-    density = f"{100 * edges / full:.3g} % of {rows}x{columns}"
-    return route, f"{density} is {side} the crossover, about {100 * crossover:.0f} % at batch {batch}"
+    size = costs.Size(rows, columns, edges, batch)
+    took = {route: costs.estimate(route, size, training=training) for route in ("sparse", "dense")}
+    route = min(took, key=lambda route: took[route])
+    times = ", ".join(f"{route} about {ns / 1e3:.0f} us" for route, ns in took.items())
+    density = 100 * edges / max(1, rows * columns)
+    return route, f"{density:.3g} % of {rows}x{columns} at batch {batch}: {times}"
 
 
 def masked_matmul_cost(mask: Mask, batch: int, *, route: str = "sparse", itemsize: int = 4) -> tuple[int, int]:

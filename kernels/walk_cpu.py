@@ -52,7 +52,8 @@ def forward(
     """
     batch, size = inputs.shape[1], inputs.element_size()
     pitch = pitch_of(batch, inputs)
-    inputs = inputs.resolve_neg()
+    if inputs.is_neg():
+        inputs = inputs.resolve_neg()
     slices = _slices(plan, pitch, inputs)
     cells = plan.rows * (pitch if rows is None or keep else min(pitch, _TILE_BYTES // size) * len(slices))
     direct = not keep and rows is not None and rows.parts is not None and sizes(weights) == rows.parts[0]
@@ -62,7 +63,8 @@ def forward(
     buffer = inputs.new_empty(total) if rows is None or keep else spare(plan.spare, total, inputs)
     start = buffer.data_ptr()
     if direct:
-        table, held_weights = _table(weights, size)
+        assert rows is not None
+        table, held_weights = _table(weights, rows.starts, size)
         weights_at = table.buffer_info()[0]
     else:
         weights_at, held_weights = _vector(weights, start + cells * size, inputs)
@@ -117,12 +119,12 @@ def forward(
 
 
 def sizes(parts: Parts) -> list[int]:
-    return [part.numel() for part in parts]
+    return list(map(Tensor.numel, parts))
 
 
 def _length(parts: Parts) -> int:
     """How much memory the parts need to be put together: none if there is nothing to put together."""
-    return 0 if len(parts) < 2 else sum(sizes(parts))
+    return sum(sizes(parts)) if len(parts) > 1 else 0
 
 
 def _vector(parts: Parts, spot: int, like: Tensor) -> tuple[int, Parts]:
@@ -143,14 +145,12 @@ def _vector(parts: Parts, spot: int, like: Tensor) -> tuple[int, Parts]:
     return spot, whole
 
 
-def _table(parts: Parts, size: int) -> tuple[Any, Parts]:
+def _table(parts: Parts, starts: Sequence[int], size: int) -> tuple[Any, Parts]:
     """(the address in every part that the indices of all weights count from, what must be kept alive)."""
-    whole = tuple(part if part.is_contiguous() and not part.is_neg() else _plain(part) for part in parts)
-    table, before = array("q"), 0
-    for part in whole:
-        table.append(part.data_ptr() - before * size)
-        before += part.numel()
-    return table, whole
+    whole = parts
+    if not all(map(Tensor.is_contiguous, parts)) or any(map(Tensor.is_neg, parts)):
+        whole = tuple(map(_plain, parts))
+    return array("q", [at - start * size for at, start in zip(map(Tensor.data_ptr, whole), starts, strict=True)]), whole
 
 
 def _plain(part: Tensor) -> Tensor:
@@ -273,6 +273,8 @@ def _slices(plan: WalkPlan, pitch: int, like: Tensor) -> list[tuple[int, int]]:
     """Ranges of batch columns to walk at the same time, of four lines or more: cores fetch lines in pairs."""
     line = _LINE_BYTES // like.element_size()
     blocks = pitch // (4 * line)
+    if blocks < 2:
+        return [(0, pitch)]
     parts = min(torch.get_num_threads(), plan.edges * pitch // _WORK_PER_THREAD, blocks)
     if parts <= 1:
         return [(0, pitch)]

@@ -194,6 +194,7 @@ class Rows:
         self.address = self.table.ctypes.data
         self.tensor = torch.from_numpy(np.array(index, np.int64))
         self.parts = parts
+        self.starts = [] if parts is None else [sum(parts[0][:n]) for n in range(len(parts[0]))]  # of each part
         self.part_of_address = 0 if parts is None else parts[1].ctypes.data
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,45 +11,53 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from irgrow.compiler.parts import maximum_function, part_function
+from irgrow.compiler.matrices import BATCHES, Engine, by_batch, engine
+from irgrow.compiler.parts import Add, Masked, maximum_function, part_function
 from irgrow.compiler.program import Fetch, Places, Program, Run, Step
 from irgrow.compiler.schedule import Block, Part, Walk, schedule
 from irgrow.ir.errors import BackendError
 from irgrow.ir.network import Bundle, Group, Network
 from irgrow.ir.pattern import Dense
-from irgrow.kernels import gpu, graph
+from irgrow.kernels import costs, gpu, graph
 from irgrow.kernels import walk as walk_kernel
 from irgrow.kernels.activations import ACTIVATIONS
 
 BACKENDS = ("auto", "torch", "numba", "triton")
 
 
-def lower(network: Network, *, device: torch.device | str = "cpu", backend: str = "auto") -> Program:
+def lower(
+    network: Network, *, device: torch.device | str = "cpu", backend: str = "auto", every_route: bool = False
+) -> Program:
     """A program for a verified network. Depends on the structure only, never on weights.
 
     backend: `auto` chooses; `torch` runs everything in plain torch; `numba` and `triton` walk irregular regions
-    with their kernels, on a CPU and on a GPU. Matrix products, convolutions, pooling and norms are the library's.
+    with their kernels and multiply sparse matrices with them, on a CPU and on a GPU. Dense products, convolutions,
+    pooling and norms are the library's. `every_route`: routes that are never the fastest are kept as well, to be
+    measured by name (`Program.run`).
     """
     device = torch.device(device)
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r}", expected=f"one of {', '.join(BACKENDS)}")
-    walk, by = _walker(backend, device, network.dtype)
+    runs = engine(*_walker(backend, device, network.dtype), device, network.dtype, backend)
+    runs = replace(runs, every=every_route)
     places = Places(network, device)
     for name in network.inputs:
         places.put(places.new_slot(by_rows=False), name, None, None)
     steps: list[Step] = []
-    for stage in schedule(network):
+    for stage in schedule(network, runs):
         if isinstance(stage, Block):
-            steps.append(BlockStep(network, stage, places, walk))
+            steps.append(BlockStep(network, stage, places, runs))
+        elif stage.either:
+            steps.append(_faster(network, stage, places, runs))
         else:
-            steps.append(WalkStep(network, stage, places, walk))
+            steps.append(WalkStep(network, stage, places, runs))
         if isinstance(stage, Walk) or any(part.walked for part in stage.parts):
-            steps[-1].reason += f"; walked by {by}"
+            steps[-1].reason += f"; walked by {runs.by}"
     outputs = tuple(places.fetch(name) for name in network.outputs)
     return Program(tuple(steps), network.inputs, outputs, len(places), places)
 
 
-def _walker(backend: str, device: torch.device, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _walker(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Tensor], str]:
     """The walk of a backend there, and what runs it; raises BackendError if that is not the one asked for."""
     if backend == "torch":
         return walk_kernel.walk_reference, "plain torch"
@@ -69,7 +78,7 @@ def _walker(backend: str, device: torch.device, dtype: torch.dtype):  # type: ig
 class BlockStep:
     """A group, or its neurons at one level: sum (or max) of parts, bias, shift, norm, activation, dropout."""
 
-    def __init__(self, network: Network, block: Block, places: Places, walk) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, network: Network, block: Block, places: Places, engine: Engine) -> None:
         group = block.group
         self.group = group
         self._function = ACTIVATIONS[group.activation].function if group.activation != "identity" else None
@@ -88,9 +97,9 @@ class BlockStep:
                     kinds.append("dense")
                     continue
                 function, kind = (
-                    _walked(network, group, part, places, walk)
+                    _walked(network, group, part, places, engine)
                     if part.walked
-                    else part_function(network, part, places, _route(walk))
+                    else part_function(network, part, places, engine)
                 )
                 self._parts.append(function)
                 kinds.append(kind)
@@ -99,8 +108,15 @@ class BlockStep:
         self._unit = None if self._local is None else self._local // group.positions
         self._slot = places.new_slot(by_rows=False)
         places.put(self._slot, group.name, block.local, None if block.local is None else np.arange(block.local.size))
+        self.matrices = [part.matrix for part in self._parts if isinstance(part, Masked)]
+        self.walks = sum(bool(part.walked) for part in block.parts)
+        alone = self._parts[0] if len(self._parts) == 1 and self._linear is None and self._local is None else None
+        plain = group.norm is None and len(group.shape) == 1
+        self._alone = alone if isinstance(alone, Masked) and plain else None  # with bias and activation in one call
+        how = iter(matrix.explain() for matrix in self.matrices)
         self.reason = "; ".join(
-            f"{kind} [{part.bundle.name}]: {part.reason}" for kind, part in zip(kinds, block.parts, strict=False)
+            f"{kind} [{part.bundle.name}]: {part.reason}{f': {next(how)}' if part.masked else ''}"
+            for kind, part in zip(kinds, block.parts, strict=False)
         )
         rows = "" if block.local is None else f"[{block.local.size} of {group.neurons}]"
         inputs = ", ".join(f"{kind} {part.bundle.source}" for kind, part in zip(kinds, block.parts, strict=False))
@@ -113,6 +129,10 @@ class BlockStep:
 
     def run(self, run: Run) -> None:
         group, z = self.group, None
+        if self._alone is not None and group.name not in run.shifts:
+            z = self._alone.activated(run, run.tensors[self._bias] if self._bias else None, group.activation)
+            run.slots[self._slot] = F.dropout(z, group.dropout) if group.dropout and run.train else z
+            return
         if self._linear is not None:
             fetch, weight = self._linear
             z = F.linear(fetch.flat(run), run.tensors[weight], run.tensors[self._bias_name])
@@ -159,8 +179,8 @@ def normalise(group: Group, z: Tensor, tensors, train: bool) -> Tensor:  # type:
 class WalkStep:
     """An irregular region: one kernel call computes all its rows."""
 
-    def __init__(self, network: Network, stage: Walk, places: Places, walk) -> None:  # type: ignore[no-untyped-def]
-        self._walk = walk
+    def __init__(self, network: Network, stage: Walk, places: Places, engine: Engine) -> None:
+        self._walk = engine.walk
         groups = list({g.name: g for g in stage.groups}.values())
         number = {g.name: n for n, g in enumerate(groups)}
         owner = np.array([number[g.name] for g in stage.groups], np.int32)[stage.number]
@@ -172,7 +192,7 @@ class WalkStep:
             row_of[g.name][stage.local[mine]] = mine
             rows_of[g.name] = mine
         edges = _edges(network, list(stage.bundles.values()), row_of, places)
-        self._inputs, self._weights = edges.fetches, [b.tensor for b in edges.bundles]
+        self._inputs, self.weights = edges.fetches, [b.tensor for b in edges.bundles]
         code = np.array([g.function.code for g in groups], np.int32)[owner]
         maximum = np.array([walk_kernel.MAX if g.aggregation == "max" else walk_kernel.SUM for g in groups], np.int32)
         self._biases = [f"bias.{g.name}" for g in groups if g.bias is not None]
@@ -187,13 +207,14 @@ class WalkStep:
             bias=bias,
         )
         self._offsets = [
-            (first, last, [part_function(network, part, places, _route(walk))[0] for part in parts])
+            (first, last, [part_function(network, part, places, engine)[0] for part in parts])
             for first, last, parts in stage.offsets
         ]
         self._groups = [(g, rows_of[g.name], stage.local[rows_of[g.name]]) for g in groups]
         self._shift_rows = {g.name: (places.tensor(rows), places.tensor(local)) for g, rows, local in self._groups}
-        self._slot, self._read_slot = places.new_slot(by_rows=True), places.new_slot(by_rows=False)
+        self._slot, self.slot = places.new_slot(by_rows=True), places.new_slot(by_rows=False)
         self._read = self._publish(network, stage, places)
+        self.published_rows = self._read.count
         self._read_index = places.tensor(self._read.tensor.numpy())
         self.reason = "; ".join(stage.reasons)
         names = ", ".join(
@@ -209,6 +230,7 @@ class WalkStep:
     def _publish(self, network: Network, stage: Walk, places: Places) -> walk_kernel.Rows:
         """The rows that other steps read, group by group; the other groups are found only where all is recorded."""
         read: list[NDArray[np.integer]] = []
+        self.published: list[str] = []  # groups, in the order in which they lie in the slot that others read
         count = 0
         inside = {g.name for g, rows, _ in self._groups if rows.size == g.neurons}
         added = {part.bundle.name for _, _, parts in stage.offsets for part in parts}
@@ -220,27 +242,28 @@ class WalkStep:
                 continue
             order = np.argsort(local)
             read.append(rows[order])
-            places.put(self._read_slot, g.name, local[order], count + np.arange(rows.size))
+            self.published.append(g.name)
+            places.put(self.slot, g.name, local[order], count + np.arange(rows.size))
             count += rows.size
         whole = next((g.name for g, rows, _ in self._groups if count == rows.size == g.neurons), None)
         if whole is not None and len(read) == 1:
-            places.put(self._read_slot, whole, None, None)
+            places.put(self.slot, whole, None, None)
         tensors = network.tensors()
-        parts = walk_kernel.parts_of(self.plan, [tensors[name].numel() for name in self._weights])
+        parts = walk_kernel.parts_of(self.plan, [tensors[name].numel() for name in self.weights])
         return walk_kernel.Rows(np.concatenate(read) if read else np.empty(0, np.int32), parts)
 
     def run(self, run: Run) -> None:
         x = _side_by_side(self._inputs, run)
         tensors = run.tensors
-        w = [tensors[name] for name in self._weights]
-        b = [tensors[name] for name in self._biases] if self._biases else None
+        w = tuple([tensors[name] for name in self.weights])
+        b = tuple([tensors[name] for name in self._biases]) if self._biases else None
         offset = self._offset(run, x) if self._offsets or run.shifts else None
         if self._walk is walk_kernel.walk and not run.record:
-            run.slots[self._read_slot] = walk_kernel.walk_rows(self.plan, self._read, x, w, b, offset)
+            run.slots[self.slot] = walk_kernel.walk_rows(self.plan, self._read, x, w, b, offset)
             return
         values = self._walk(self.plan, x, w, b, offset)
         run.slots[self._slot] = values
-        run.slots[self._read_slot] = values.index_select(0, self._read_index).t()
+        run.slots[self.slot] = values.index_select(0, self._read_index).t()
 
     def _offset(self, run: Run, like: Tensor) -> Tensor | None:
         offset: Tensor | None = None
@@ -264,6 +287,58 @@ class WalkStep:
                     offset = like.new_zeros(self.plan.neurons, run.batch)
                 offset = offset.index_add(0, rows, shift)
         return offset
+
+
+def _faster(network: Network, stage: Walk, places: Places, engine: Engine) -> Step:
+    """The walk, or for the batches for which that is faster its groups one by one."""
+    inside = places.branch()
+    steps = [BlockStep(network, block, inside, engine) for block in stage.blocks or ()]
+    walk = WalkStep(network, stage, places, engine)
+    either = EitherStep(walk, steps, inside)
+    faster = any(either.by_steps(batch, training) for batch in BATCHES for training in (False, True))
+    return either if faster or engine.every else walk
+
+
+class EitherStep:
+    """A region by one walk, or group by group: whichever takes less time for the batch."""
+
+    def __init__(self, walk: WalkStep, steps: Sequence[BlockStep], places: Places) -> None:
+        self._walk, self.steps = walk, steps
+        self._read = [places.fetch(name) for name in walk.published]
+        self._chosen: dict[tuple[int, bool], bool] = {}
+        names = {False: "the walk", True: "the matrices"}
+        self.text = walk.text
+        alike: dict[str, int] = {}
+        for matrix in (matrix for step in steps for matrix in step.matrices):
+            alike[matrix.explain()] = alike.get(matrix.explain(), 0) + 1
+        matrices = "; ".join(f"matrices ({count}): {how}" for how, count in alike.items())
+        when = by_batch(lambda batch, training: names[self.by_steps(batch, training)])
+        self.reason = f"{walk.reason}; {when}; {matrices}"
+
+    def by_steps(self, batch: int, training: bool) -> bool:
+        """Whether the matrices take less time than the walk; a function of the structure and these."""
+        key = batch, training
+        if key not in self._chosen:
+            matrices = [matrix for step in self.steps for matrix in step.matrices]
+            edges = sum(matrix.mask.edges for matrix in matrices)
+            size = costs.Size(self._walk.plan.inputs, self._walk.published_rows, edges, batch)
+            walk = costs.estimate("walk", size, training=training)
+            levels = sum(step.walks for step in self.steps) * costs.COSTS["walk", training].call
+            levels += sum(m.estimate(m.route(batch, training), batch, training) for m in matrices)
+            self._chosen[key] = levels < walk
+        return self._chosen[key]
+
+    def run(self, run: Run) -> None:
+        if run.record or run.route == "walk" or torch.compiler.is_compiling():
+            return self._walk.run(run)
+        if run.route is None:
+            training = torch.is_grad_enabled() and any(run.tensors[w].requires_grad for w in self._walk.weights)
+            if not self.by_steps(run.batch, training):
+                return self._walk.run(run)
+        for step in self.steps:
+            step.run(run)
+        read = [fetch.flat(run) for fetch in self._read]
+        run.slots[self._walk.slot] = read[0] if len(read) == 1 else torch.cat(read, 1)
 
 
 class _Edges:
@@ -317,11 +392,6 @@ def _edges(network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArra
     return out
 
 
-def _route(walk) -> str:  # type: ignore[no-untyped-def]
-    """How masked matrices are multiplied beside this walk: what was asked for in plain torch stays there."""
-    return "auto" if walk is walk_kernel.walk else "dense"
-
-
 def _bias_index(groups: Sequence[Group], owner: NDArray[np.int32], local: NDArray[np.integer]) -> NDArray[np.int32]:
     bias, first = np.full(owner.size, -1, np.int32), 0
     for n, group in enumerate(groups):
@@ -332,7 +402,7 @@ def _bias_index(groups: Sequence[Group], owner: NDArray[np.int32], local: NDArra
     return bias
 
 
-def _walked(network: Network, group: Group, part: Part, places: Places, walk):  # type: ignore[no-untyped-def]
+def _walked(network: Network, group: Group, part: Part, places: Places, engine: Engine) -> tuple[Add, str]:
     """Single edges aggregated by a walk of their own, before a norm or dropout: `(run) -> [B, neurons]`."""
     row_of = {group.name: np.arange(group.neurons, dtype=np.int32)}
     edges = _edges(network, part.walked, row_of, places)
@@ -344,7 +414,7 @@ def _walked(network: Network, group: Group, part: Part, places: Places, walk):  
 
     def walked(run: Run) -> Tensor:
         x = _side_by_side(edges.fetches, run)
-        return walk(plan, x, [run.tensors[name] for name in names], None, None).t()
+        return engine.walk(plan, x, [run.tensors[name] for name in names], None, None).t()
 
     return walked, "walk"
 

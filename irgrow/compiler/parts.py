@@ -13,22 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from irgrow.compiler.matrices import Engine, Matrix
 from irgrow.compiler.program import Places, Run
 from irgrow.compiler.schedule import Part
 from irgrow.ir.network import Network
 from irgrow.ir.pattern import Conv2d, Dense, Identity, Local2d, Pool2d, Sparse, size
-from irgrow.kernels.masked_matmul import mask, masked_matmul
 
 Add = Callable[[Run], Tensor]
 
 
-def part_function(network: Network, part: Part, places: Places, route: str) -> tuple[Add, str]:
-    """The part as a function, and its name. `route`: how masked parts are multiplied, see masked_matmul."""
+def part_function(network: Network, part: Part, places: Places, engine: Engine) -> tuple[Add, str]:
+    """The part as a function, and its name."""
     bundle = part.bundle
     pattern, name = bundle.pattern, bundle.tensor
     source, target = network.shapes(bundle)
     if isinstance(pattern, Sparse):
-        return _masked(part, places, source, target, route), "masked dense"
+        return Masked(part, places, source, target, engine), "sparse matrix"
     fetch = places.fetch(bundle.source)
     if isinstance(pattern, Dense):
         rows = None if part.rows is None else places.tensor(part.rows)
@@ -110,30 +110,34 @@ def _halved(pattern: Pool2d) -> bool:
     return all(2 * pattern.padding[a] <= pattern.kernel[a] for a in (0, 1))
 
 
-def _masked(part: Part, places: Places, source: tuple[int, ...], target: tuple[int, ...], route: str) -> Add:
-    """Sparse edges as a matrix of which some entries exist; gradients reach only them.
+class Masked:
+    """Sparse edges as a matrix of which some entries exist; gradients reach only them."""
 
-    With route "auto" every batch size is multiplied the way that takes least time for it.
-    """
-    pattern, name = part.bundle.pattern, part.bundle.tensor
-    assert isinstance(pattern, Sparse)
-    fetch = places.fetch(part.bundle.source, part.columns)
-    edges = slice(None) if part.edges is None else part.edges
-    s, t = np.asarray(pattern.source[edges], np.int64), np.asarray(pattern.target[edges], np.int64)
-    if part.columns is not None:
-        s = np.searchsorted(part.columns, s)
-    if part.rows is not None:
-        t = np.searchsorted(part.rows, t)
-    rows = size(target) if part.rows is None else part.rows.size
-    columns = size(source) if part.columns is None else part.columns.size
-    picked = None if part.edges is None and pattern.weight_index is None else pattern.index[edges]
-    index = None if picked is None else torch.from_numpy(np.asarray(picked, np.int64))
-    entries = mask(rows, columns, torch.from_numpy(t), torch.from_numpy(s), index)
+    def __init__(
+        self, part: Part, places: Places, source: tuple[int, ...], target: tuple[int, ...], engine: Engine
+    ) -> None:
+        pattern = part.bundle.pattern
+        assert isinstance(pattern, Sparse)
+        self._name, self._fetch = part.bundle.tensor, places.fetch(part.bundle.source, part.columns)
+        edges = slice(None) if part.edges is None else part.edges
+        s, t = np.asarray(pattern.source[edges], np.int64), np.asarray(pattern.target[edges], np.int64)
+        if part.columns is not None:
+            s = np.searchsorted(part.columns, s)
+        if part.rows is not None:
+            t = np.searchsorted(part.rows, t)
+        rows = size(target) if part.rows is None else part.rows.size
+        columns = size(source) if part.columns is None else part.columns.size
+        picked = None if part.edges is None and pattern.weight_index is None else pattern.index[edges]
+        index = None if picked is None else torch.from_numpy(np.asarray(picked, np.int64))
+        self.matrix = Matrix(rows, columns, t, s, index, engine)
 
-    def masked(run: Run) -> Tensor:
-        return masked_matmul(entries, fetch.flat(run).t(), run.tensors[name], route=route).t()
+    def __call__(self, run: Run) -> Tensor:
+        return self.activated(run, None, "identity")
 
-    return masked
+    def activated(self, run: Run, bias: Tensor | None, activation: str) -> Tensor:
+        """act(W x + bias) [B, rows]"""
+        x = self._fetch.flat(run).t()
+        return self.matrix(x, run.tensors[self._name], bias, activation=activation, route=run.route).t()
 
 
 def _local(

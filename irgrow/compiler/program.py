@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,13 +16,14 @@ from irgrow.ir.network import Network
 from irgrow.ir.pattern import Shape
 
 
-@dataclass
+@dataclass(slots=True)
 class Run:
     """One pass through a program: what every step may read and write.
 
     `slots[k]` is a step's result: a block `[B, ...]`, or the rows of a walk `[rows, B]` (see `Fetch`).
     `shifts[g]` `[B, *shape]` is added to the pre-activations of group g. `record`: every group's values are kept,
-    also those that no other step reads.
+    also those that no other step reads. `route`: how sparse edges are computed where several ways exist (None: the
+    fastest; see matrices.py).
     """
 
     tensors: Mapping[str, Tensor]
@@ -30,6 +32,7 @@ class Run:
     train: bool = False
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
     record: bool = False
+    route: str | None = None
 
 
 class Step(Protocol):
@@ -41,7 +44,7 @@ class Step(Protocol):
     def run(self, run: Run) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Columns of one slot, as [B, n]. `index` None: all of them."""
 
@@ -62,7 +65,7 @@ class Piece:
         return value[:, self.index] if isinstance(self.index, slice) else value.index_select(1, self.index)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fetch:
     """Neurons of one group, wherever steps left them, in the order they were asked for."""
 
@@ -96,6 +99,12 @@ class Places:
 
     def __len__(self) -> int:
         return len(self._by_rows)
+
+    def branch(self) -> Places:
+        """What is known so far, for another way of computing what comes next; slots have numbers of their own."""
+        other = copy(self)
+        other._whole = dict(self._whole)
+        return other
 
     def new_slot(self, by_rows: bool) -> int:
         self._by_rows.append(by_rows)
@@ -159,14 +168,16 @@ class Program:
         train: bool = False,
         values: Collection[str] = (),
         shifts: Mapping[str, Tensor] | None = None,
+        route: str | None = None,
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """The outputs `[B, *shape]`, and the activations `[B, *shape]` of the groups named in `values`."""
         batch = inputs[0].shape[0]
-        run = Run(tensors, [*inputs, *[None] * (self.slots - len(inputs))], batch, train, shifts or {}, bool(values))
+        slots = [*inputs, *[None] * (self.slots - len(inputs))]
+        run = Run(tensors, slots, batch, train, shifts or {}, bool(values), route)
         for step in self.steps:
             step.run(run)
-        recorded = {name: self.places.fetch(name).shaped(run) for name in values}
-        return tuple(fetch.shaped(run) for fetch in self.outputs), recorded
+        recorded = {name: self.places.fetch(name).shaped(run) for name in values} if values else {}
+        return tuple([fetch.shaped(run) for fetch in self.outputs]), recorded
 
     def explain(self) -> str:
         """The steps, and why each is computed the way it is."""

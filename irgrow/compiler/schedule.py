@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from irgrow.compiler.matrices import Engine
 from irgrow.ir.network import Bundle, Group, Network
 from irgrow.ir.pattern import Identity, Pool2d, Sparse, Window
 
 Local = NDArray[np.integer] | None  # local neuron indices of a group; None: all of them in order
 
-CROSSOVER = 0.4  # density above which a sparse bundle runs as a dense one with a mask (PERFORMANCE.md)
+CROSSOVER = 0.4  # density above which a sparse bundle in a loop runs as a dense one with a mask (PERFORMANCE.md)
 # Edges below which a sparse bundle stays in a walk whatever its density: with fewer, the calls of a step of its own
 # (20 us forward, 80 us with gradients) cost more than the 5 to 20 ns that a matrix saves per edge at batch 64 to 256.
 SMALLEST_MATRIX = 4096
@@ -29,9 +30,9 @@ SMALLEST_MATRIX = 4096
 class Part:
     """What one bundle adds to neurons `rows` of its target, from neurons `columns` of its source.
 
-    `masked`: a sparse bundle as a dense matrix; `edges` are then its edges between these rows and columns
-    (None: all of them). `walked`: these bundles of single edges are aggregated together by a walk of their
-    own (under a norm or dropout); then `bundle` is the first of them.
+    `masked`: a sparse bundle as a matrix; `edges` are then its edges between these rows and columns (None: all).
+    `walked`: these bundles of single edges are aggregated together by a walk of their own (under a norm or
+    dropout); then `bundle` is the first of them.
     """
 
     bundle: Bundle
@@ -63,7 +64,7 @@ class Walk:
     """Rows computed in order by one kernel, from the edges of `bundles`.
 
     Row r is neuron `local[r]` of group `groups[number[r]]`. An offset `(first, last, parts)` is what matrix
-    parts add to rows first..last-1.
+    parts add to rows first..last-1. `blocks` compute the same group by group, None where that is never faster.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -72,6 +73,7 @@ class Walk:
     offsets: list[tuple[int, int, list[Part]]] = field(default_factory=list)
     bundles: dict[str, Bundle] = field(default_factory=dict)
     reasons: dict[str, None] = field(default_factory=dict)
+    blocks: list[Block] | None = None
 
     @staticmethod
     def of(group: Group, local: Local, bundles: Sequence[Bundle], reasons: Sequence[str], parts: list[Part]) -> Walk:
@@ -89,11 +91,17 @@ class Walk:
     def reads(self) -> set[str]:
         return {name for _, _, parts in self.offsets for part in parts for name in part.reads()}
 
+    @property
+    def either(self) -> bool:
+        """Whether matrices may be faster."""
+        return self.blocks is not None and any(part.masked for block in self.blocks for part in block.parts)
+
     def computes(self) -> set[str]:
         return {group.name for group in self.groups}
 
     def extend(self, later: Walk) -> None:
         """Appends the rows of another walk."""
+        self.blocks = None if self.blocks is None or later.blocks is None else self.blocks + later.blocks
         self.offsets += [(first + self.rows, last + self.rows, parts) for first, last, parts in later.offsets]
         self.number = np.concatenate([self.number, later.number + len(self.groups)]).astype(np.int32)
         self.local = np.concatenate([self.local, later.local])
@@ -105,8 +113,12 @@ class Walk:
 Stage = Block | Walk
 
 
-def schedule(network: Network) -> list[Stage]:
-    """The stages in an order in which each finds what it reads."""
+def schedule(network: Network, engine: Engine) -> list[Stage]:
+    """The stages in an order in which each finds what it reads.
+
+    Where the engine has several routes for a matrix, both what walks and what multiplies are given for groups
+    outside loops: which is faster depends on the batch.
+    """
     stages: list[Stage] = []
     waiting = Walk()  # rows that may still be joined by later ones
 
@@ -118,7 +130,7 @@ def schedule(network: Network) -> list[Stage]:
                 stages.append(waiting)
                 waiting = Walk()
             stages.append(stage)
-        elif blocked:
+        elif blocked or (waiting.rows and waiting.either != stage.either and None in (waiting.blocks, stage.blocks)):
             stages.append(waiting)
             waiting = stage
         elif waiting.rows:
@@ -128,16 +140,16 @@ def schedule(network: Network) -> list[Stage]:
 
     for names, cyclic in network.components:
         if cyclic:
-            for stage in _loop(network, names):
+            for stage in _loop(network, names, engine):
                 emit(stage)
         elif names[0] not in network.inputs:
-            emit(_whole(network, network.groups[names[0]]))
+            emit(_whole(network, network.groups[names[0]], engine))
     if waiting.rows:
         stages.append(waiting)
     return stages
 
 
-def _whole(network: Network, group: Group) -> Stage:
+def _whole(network: Network, group: Group, engine: Engine) -> Stage:
     """A group outside loops."""
     entering = network.entering(group.name)
     if group.aggregation == "max":
@@ -147,15 +159,35 @@ def _whole(network: Network, group: Group) -> Stage:
         if _finishes(group):
             return Block(group, None, [Part(entering[0], reason, walked=tuple(entering))])
         return Walk.of(group, None, entering, [reason], [])
-    sparse = {bundle.name: _choice(bundle, network) for bundle in entering if isinstance(bundle.pattern, Sparse)}
+    sparse = {b.name: _choice(b, network, engine, 1) for b in entering if isinstance(b.pattern, Sparse)}
     walked = [b for b in entering if b.name in sparse and not sparse[b.name][0]]
+    if engine.measured and not engine.wide:  # any batch may prefer a matrix, or not
+        smallest = 0 if engine.every else SMALLEST_MATRIX
+        large = [b.name for b in entering if isinstance(b.pattern, Sparse) and b.pattern.source.size >= smallest]
+        block = _block(group, entering, large, sparse)
+        if _finishes(group) or not sparse:
+            return block
+        every = [b for b in entering if b.name in sparse]
+        rest = [Part(b, "structured") for b in entering if b.name not in sparse]
+        walk = Walk.of(group, None, every, [sparse[b.name][1] for b in every], rest)
+        walk.blocks = [block]
+        return walk
+    matrices = [name for name, (matrix, _) in sparse.items() if matrix]
+    if not walked or _finishes(group):
+        return _block(group, entering, matrices, sparse)
     parts = [_part(b, sparse) for b in entering if b not in walked]
-    if not walked:
-        return Block(group, None, parts)
-    reasons = [sparse[b.name][1] for b in walked]
-    if _finishes(group):
-        return Block(group, None, [*parts, Part(walked[0], reasons[0], walked=tuple(walked))])
-    return Walk.of(group, None, walked, reasons, parts)
+    return Walk.of(group, None, walked, [sparse[b.name][1] for b in walked], parts)
+
+
+def _block(
+    group: Group, entering: Sequence[Bundle], matrices: Sequence[str], sparse: dict[str, tuple[bool, str]]
+) -> Block:
+    """The group at once: these sparse bundles as matrices, the other sparse ones by a walk of their own."""
+    walked = [b for b in entering if b.name in sparse and b.name not in matrices]
+    parts = [_part(b, sparse) for b in entering if b not in walked]
+    if walked:
+        parts.append(Part(walked[0], sparse[walked[0].name][1], walked=tuple(walked)))
+    return Block(group, None, parts)
 
 
 def _finishes(group: Group) -> bool:
@@ -169,18 +201,21 @@ def _part(bundle: Bundle, sparse: dict[str, tuple[bool, str]]) -> Part:
     return Part(bundle, "structured")
 
 
-def _choice(bundle: Bundle, network: Network) -> tuple[bool, str]:
-    """Whether a sparse bundle runs as a dense matrix with a mask, and why."""
+def _choice(bundle: Bundle, network: Network, engine: Engine, levels: int) -> tuple[bool, str]:
+    """Whether a sparse bundle runs as a matrix whatever the batch, and why. `levels`: of its target."""
     assert isinstance(bundle.pattern, Sparse)
     edges = bundle.pattern.source.size
     if edges < SMALLEST_MATRIX:
         return False, f"sparse, {edges} edges: too few for a matrix"
+    if engine.wide:
+        wide = edges >= SMALLEST_MATRIX * levels
+        return wide, f"sparse, {edges} edges on {levels} levels: {'enough' if wide else 'too few'} for a matrix"
     source, target = network.shapes(bundle)
     rows, columns = _used(bundle.pattern.target, target), _used(bundle.pattern.source, source)
     density = edges / (rows * columns)
     if density >= CROSSOVER:
-        return True, f"sparse, density {density:.2f} of {rows}x{columns}: dense with a mask"
-    return False, f"sparse, density {density:.3g} of {rows}x{columns}: below {CROSSOVER}"
+        return True, f"sparse, density {density:.2f} of {rows}x{columns}"
+    return False, f"sparse, density {density:.3g} of {rows}x{columns}"
 
 
 def _used(ends: NDArray[np.integer], shape: tuple[int, ...]) -> int:
@@ -199,7 +234,7 @@ def _pools(network: Network, bundle: Bundle) -> bool:
     return inside and np.unique(pattern.taps(source)[1]).size == target[1] * target[2]
 
 
-def _loop(network: Network, names: tuple[str, ...]) -> list[Stage]:
+def _loop(network: Network, names: tuple[str, ...], engine: Engine) -> list[Stage]:
     """A loop of the group graph, condensed by (group, level)."""
     blocks: dict[str, list[Bundle]] = {}
     walked: dict[str, list[Bundle]] = {}
@@ -211,7 +246,8 @@ def _loop(network: Network, names: tuple[str, ...]) -> list[Stage]:
             if network.groups[name].aggregation == "max":
                 dense, reason = False, "a maximum over single edges"
             elif isinstance(bundle.pattern, Sparse):
-                dense, reason = _choice(bundle, network)
+                levels = np.unique(network.levels[name]).size if engine.wide else 1
+                dense, reason = _choice(bundle, network, engine, levels)
             elif isinstance(bundle.pattern, (Window, Identity)) and not _one_level(network, bundle):
                 dense, reason = False, "a pattern whose target lies on several levels"
             (blocks if dense else walked)[name].append(bundle)

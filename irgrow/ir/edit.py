@@ -328,10 +328,11 @@ class Edit:
             count + new,
             merged,
         )
-        index_of = torch.cat([torch.arange(count), torch.full((new,), -1)])
+        of = np.arange(count + new)
+        of[count:] = -1
+        index_of = torch.from_numpy(of)
         if bundle.weight.dim() == 1:  # old weights stay where they are: a gather that only appends is cheap
-            one = (None,)
-            self.repattern(name, after, Axes(bundle.tensor, (count,), (count + new,), (index_of,), one, one))
+            self.repattern(name, after, Axes.appended(bundle.tensor, count, index_of))
         else:
             self._replace_flat(name, after, index_of)
         if new:  # then the gather made a longer tensor, which nobody else holds yet

@@ -103,6 +103,13 @@ class Axes(Gather):
         none = (None,) * len(shape)
         return Axes(name, shape, shape, none, none, none)
 
+    @staticmethod
+    def appended(name: str, count: int, index: Tensor) -> Axes:
+        """A vector whose `count` old entries stay in front: `index` is 0..count-1, then -1."""
+        made = Axes(name, (count,), tuple(index.shape), (index,), (None,), (None,))
+        made.__dict__["appends"] = True  # known without looking
+        return made
+
     @property
     def exact(self) -> bool:
         return all(i is None for i in self.index) and all(v is None for v in (*self.value, *self.gradient))

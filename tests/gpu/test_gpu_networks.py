@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import irgrow as ig
+from irgrow.compiler import schedule
 from irgrow.ir.interpreter import interpret
 from irgrow.ir.network import Network
 from irgrow.testing import inputs_for, random_network
@@ -53,16 +55,27 @@ def normalised(network: Network) -> bool:
 @pytest.mark.parametrize("networks", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_random_networks(networks: int, device: str, large: bool) -> None:
     """The first networks that have something to walk; larger ones where there is time."""
+    check_random_networks(networks, device, large, "walked by")
+
+
+@pytest.mark.parametrize("networks", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_random_networks_by_matrices(networks: int, device: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where every sparse bundle is wide enough for a matrix."""
+    monkeypatch.setattr(schedule, "SMALLEST_MATRIX", 1)
+    check_random_networks(networks, device, large, "sparse by")
+
+
+def check_random_networks(networks: int, device: str, large: bool, words: str) -> None:
     size = {"steps": 5, "widest": 6} if large else {"steps": 2, "widest": 3}
     walked = seed = 0
     while walked < networks:
         network = random_network(seed, **size).to(torch.float64)
         seed += 1
-        if "walked by" not in ig.compile(network).explain():
+        if words not in ig.compile(network, backend="triton", device=device).explain():
             continue
         walked += 1
         explained, value, gradient = compare(network, device)
-        assert ("walked by Triton" if large else "walked by interpreted Triton") in explained
+        assert f"{words} {'Triton' if large else 'interpreted Triton'}" in explained
         # A norm over one or two units divides rounding errors by sqrt(eps): no kernel agrees to 1e-12 there.
         limit = 1e-9 if normalised(network) else 1e-12
         assert value <= limit and gradient <= 10 * limit, (seed - 1, value, gradient)
@@ -127,3 +140,39 @@ def test_every_step_names_its_kernel(device: str) -> None:
 def test_any_batch(batch: int, device: str) -> None:
     _, value, gradient = compare(grown(4), device, batch)
     assert value <= 1e-12 and gradient <= 1e-11
+
+
+def wide(blocks: bool, dtype: torch.dtype) -> Network:
+    """Two sparse levels: random, or in blocks of 16 of which one is not full."""
+    draw = np.random.default_rng(0)
+    builder = ig.Builder(seed=0, dtype=dtype)
+    builder.input("x", 32)
+    builder.group("h", 32, activation="gelu", bias=True)
+    builder.output("y", 32, activation="tanh")
+    for source, target in (("x", "h"), ("h", "y")):
+        mask = np.kron([[1, 1], [0, 1]], np.ones((16, 16), np.bool_)) if blocks else draw.random((32, 32)) < 0.25
+        mask[0, 1] = False
+        t, s = np.nonzero(mask)
+        builder.connect(source, target, ig.Sparse(s, t))
+    return builder.build()
+
+
+@pytest.mark.parametrize(("blocks", "dtype"), [(False, torch.float64), (True, torch.float32), (True, torch.float64)])
+def test_wide_levels_run_on_the_kernels_that_explain_names(
+    blocks: bool, dtype: torch.dtype, device: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float64 blocks have no kernel: entry by entry."""
+    monkeypatch.setattr(schedule, "SMALLEST_MATRIX", 200)
+    from irgrow.kernels import block_sparse_triton, masked_matmul_triton
+
+    calls = []
+    for module, name in ((masked_matmul_triton, "Masked"), (block_sparse_triton, "Blocks")):
+        apply = getattr(module, name).apply
+        monkeypatch.setattr(getattr(module, name), "apply", lambda *a, f=apply, n=name: (calls.append(n), f(*a))[1])
+    explained, value, gradient = compare(wide(blocks, dtype), device, 3)
+    in_blocks = blocks and dtype == torch.float32
+    assert calls == ["Blocks" if in_blocks else "Masked"] * 2
+    assert explained.count(f"blocks of 16 by {'Triton' if large else 'interpreted Triton'}") == 2 * in_blocks
+    assert explained.count(f": sparse by {'Triton' if large else 'interpreted Triton'}") == 2 * (not in_blocks)
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    assert value <= limit and gradient <= 10 * limit
