@@ -300,7 +300,7 @@ def _fits(plan: WalkPlan, inputs: Tensor, weights: Parts, biases: Parts, offset:
     if offset is not None or (plan.biases and not biases) or inputs.dim() != 2 or inputs.shape[0] != plan.inputs:
         return False
     dtype = inputs.dtype
-    if dtype not in LIKE or not inputs.is_cpu:
+    if dtype not in COMPILED or not inputs.is_cpu:
         return False
     for parts, needed in ((weights, plan.weights), (biases, plan.biases)):
         for part in parts:
