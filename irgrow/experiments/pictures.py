@@ -65,7 +65,8 @@ def bars(path: Path, title: str, heights: Mapping[str, Sequence[float]], *, y: s
     figure, (ax,) = panel_row(1)
     for number, values in enumerate(heights.values()):
         color = COLORS[number % len(COLORS)]
-        ax.bar(number, float(np.nanmedian(values)), color=color, alpha=0.55, width=0.7)
+        known = [v for v in values if not np.isnan(v)]
+        ax.bar(number, float(np.median(known)) if known else 0.0, color=color, alpha=0.55, width=0.7)
         ax.plot([number] * len(values), values, "o", color=color, markersize=3.5)
         ax.set_xticks(range(len(heights)), list(heights), rotation=20, ha="right", fontsize=8)
     finish(ax, title, "", y, log=log, legend=False)
@@ -83,13 +84,13 @@ def panel_row(count: int) -> tuple[Figure, list[Axes]]:
 def finish(
     ax: Axes, title: str, x: str, y: str, *, log: bool = False, log_x: bool = False, legend: bool = True
 ) -> None:
-    """Title, labels, scales, a quiet frame, a legend if anything has a name."""
+    """Title, labels, scales (logarithmic if anything is positive), a quiet frame, a legend if anything has a name."""
     ax.set_title(title, fontsize=10, color=INK, loc="left")
     ax.set_xlabel(x, fontsize=9, color=INK)
     ax.set_ylabel(y, fontsize=9, color=INK)
-    if log:
+    if log and np.isfinite(ax.dataLim.minposy):
         ax.set_yscale("log")
-    if log_x:
+    if log_x and np.isfinite(ax.dataLim.minposx):
         ax.set_xscale("log")
     ax.grid(True, color="#e6e8eb", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)

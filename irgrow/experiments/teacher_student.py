@@ -54,12 +54,13 @@ IMAGE, KERNEL = 5, 3  # side of the images and of the filters of convolutional t
 class RandomFanOut:
     """Fan-in zero, fan-out normal with the norm that GradMax gives it: the Random of GradMax's experiments.
 
-    (The published code draws it uniform in [0, 1).) `kick` as in GradMax.
+    (The published code draws it uniform in [0, 1).) `kick` and `scale` as in GradMax.
     """
 
     units: int = 1
     seed: int = 0
     kick: float = 1e-15
+    scale: float = 1.0
 
     needs: ClassVar[tuple[str, ...]] = ("M_prev",)
 
@@ -69,7 +70,7 @@ class RandomFanOut:
         assert statistics.M_prev is not None
         draw = torch.Generator().manual_seed(self.seed + statistics.units)
         omega = normal(draw, columns(statistics), self.units, like=statistics.M_prev)
-        omega = omega * (statistics.fan_out_norm / omega.norm(dim=0))
+        omega = omega * (self.scale * statistics.fan_out_norm / omega.norm(dim=0))
         step = -statistics.slope * statistics.M_prev @ omega
         alpha = self.kick * step / step.norm(dim=0).clamp(min=torch.finfo(step.dtype).tiny)
         gain = float(step.square().sum())

@@ -60,7 +60,7 @@ def test_save_and_reload(tmp_path: Path) -> None:
 def test_full_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingData, match="CoLA: found no working datasets"):
+    with pytest.raises(MissingData, match="cola: found no working datasets"):
         flatness_head.run(Setting((0,), tmp_path, full=True, progress=False))
     with pytest.raises(MissingData, match="no-such-model: found no weights"):
         encoder(Plan(str(tmp_path / "no-such-model")))

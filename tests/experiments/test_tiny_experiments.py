@@ -61,7 +61,7 @@ def test_every_strategy_adds_one_neuron_at_a_time(strategy: str) -> None:
 
 def test_the_residual_network_grows_inside_its_blocks_only() -> None:
     network = tiny_resnet.resnet(RESNET, 0)
-    assert [s.name for s in ig.Site.all(network) if s.name in tiny_resnet.BLOCKS] == list(tiny_resnet.BLOCKS)
+    assert [s.name for s in ig.Site.all(network) if s.name in RESNET.sites] == ["inside1", "inside2", "inside3"]
     run = tiny_resnet.run_one("TINY + dW", 0, RESNET)
     # one unit inside each block: 3x3 in and out of it, and a bias
     assert run.parameters[-1] - run.parameters[0] == 9 * (2 + 2 + 2 + 2 + 2 + 3) + 3
