@@ -152,7 +152,7 @@ def run(setting: Setting, plan: Plan | None = None) -> Findings:
         picture,
         f"{plan.data}: cells trained from scratch",
         {"found": [100 * r.accuracy for r in results], "random": [100 * a for r in results for a in r.random]},
-        y="test accuracy (%)",
+        x="test accuracy (%)",
     )
     findings.figures[picture.name] = "accuracy of the cells found and of random ones"
     return findings

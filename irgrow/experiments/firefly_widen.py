@@ -107,22 +107,20 @@ def run(setting: Setting, plan: Plan | None = None) -> Findings:
     )
     images.report(findings, found, "widths (first seed)", growths=plan.growths)
     picture = setting.out / "accuracy.png"
-    curves = {
-        name: (
-            np.median([p.parameters for p in paths], 0).tolist(),
-            (100 * np.median([p.accuracy for p in paths], 0)).tolist(),
-        )
-        for name, paths in found.items()
-        if name != "not grown"
-    }
+    curves = {}
+    for name, paths in found.items():
+        phases = slice(-1, None) if name in CONTROLS else slice(None)  # controls do not change their size
+        size, wrong = ([p.parameters[phases] for p in paths], [[1 - a for a in p.accuracy[phases]] for p in paths])
+        curves[name] = (np.median(size, 0).tolist(), (100 * np.median(wrong, 0)).tolist())
     points(
         picture,
         [(f"{plan.data}, median over seeds, a point per phase", curves)],
         x="parameters",
-        y="test accuracy (%)",
+        y="test error (%)",
+        log=True,
         joined=True,
     )
-    findings.figures[picture.name] = "test accuracy over parameters while networks widen"
+    findings.figures[picture.name] = "test error over parameters while networks widen; the controls at their end"
     return findings
 
 

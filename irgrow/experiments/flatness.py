@@ -319,7 +319,7 @@ def findings(setting: Setting, plans: Sequence[Plan], runs: list[dict[str, Any]]
         setting.out / "flatness.png",
         f"Sharpness (depth blocks), {plans[-1].title}, batch {plans[-1].batch_sizes[0]}",
         {n: of(plans[-1], plans[-1].batch_sizes[0], n, "depth blocks") for n in ("grown", "scratch", *plans[-1].fixed)},
-        y="largest eigenvalue",
+        x="largest eigenvalue",
         log=True,
     )
     _ratios(setting, plans, of)
@@ -415,8 +415,7 @@ def _ratios(setting: Setting, plans: Sequence[Plan], of: Callable[[Plan, int, st
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     cells = [(plan, size) for plan in plans for size in plan.batch_sizes]
-    figure, axes = pictures.panel_row(len(cells))
-    figure.set_size_inches(3.9 * len(cells), 3.3)
+    figure, axes = pictures.panel_row(len(cells), columns=2)
     for ax, (plan, size) in zip(axes, cells, strict=True):
         names = ["scratch", *plan.fixed]
         for k, name in enumerate(names):
@@ -440,8 +439,7 @@ def _ratios(setting: Setting, plans: Sequence[Plan], of: Callable[[Plan, int, st
 def _curves(setting: Setting, plans: Sequence[Plan], runs: list[dict[str, Any]]) -> None:
     """Training loss over epochs, first seed."""
     cells = [(plan, size) for plan in plans for size in plan.batch_sizes]
-    figure, axes = pictures.panel_row(len(cells))
-    figure.set_size_inches(3.9 * len(cells), 3.3)
+    figure, axes = pictures.panel_row(len(cells), columns=2)
     for ax, (plan, size) in zip(axes, cells, strict=True):
         for k, name in enumerate(("grown", "scratch", *plan.fixed)):
             curve = next(

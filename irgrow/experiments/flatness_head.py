@@ -359,7 +359,7 @@ def findings(setting: Setting, plan: Plan, runs: list[dict[str, Any]]) -> Findin
         "rescaling changes all measures here.",
     ]
     pictures.bars(setting.out / "flatness.png", "Sharpness of the whole model (depth blocks)",
-                  {name: of(name, "whole model") for name in NETWORKS}, y="largest eigenvalue", log=True)  # fmt: skip
+                  {name: of(name, "whole model") for name in NETWORKS}, x="largest eigenvalue", log=True)  # fmt: skip
     epochs = range(1, plan.epochs + 1)
     curves = {name: (epochs, [r["losses"] for r in runs if r["network"] == name]) for name in NETWORKS}
     phases = ", ".join(map(str, plan.phases))

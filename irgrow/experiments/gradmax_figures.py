@@ -495,11 +495,11 @@ def _pictures(
         out / "schedules.png",
         "Figure 13: when, from where and how far (GradMax)",
         shown,
-        y="final training loss",
+        x="final training loss",
         log=True,
     )
     table = {f"{'BN, ' if k == 'norm' else ''}{m}": [r.final for r in runs[f"{k}, {w}, {m}"]] for k, w, m in TABLE}
-    pictures.bars(out / "table-2.png", "Table 2, on teacher and student", table, y="final training loss", log=True)
+    pictures.bars(out / "table-2.png", "Table 2, on teacher and student", table, x="final training loss", log=True)
     return {
         "new-units.png": "The gradient norm of a new unit from checkpoints of the Random run",
         "over-time.png": "The gradient norm of all weights divided by the loss, and the loss",

@@ -363,7 +363,7 @@ def _pictures(
     if SWEPT in base:
         swept = {n: [r["accuracy"] for r in runs[n]] for n in (f"{SWEPT}, gradmax", *ARMS)}
         title = "MobileNet, GradMax: schedule, epsilon and scale"
-        pictures.bars(setting.out / "sweeps.png", title, swept, y="test accuracy")
+        pictures.bars(setting.out / "sweeps.png", title, swept, x="test accuracy")
         findings.figures["sweeps.png"] = "Schedule, epsilon and scale"
 
 

@@ -527,6 +527,6 @@ def _pictures(out: Path, runs: dict[str, dict[str, list[Run]]]) -> dict[str, str
     for task in ("20:10:10", "10:10:10"):
         name = f"final-{task.split(':')[0]}.png"
         heights = {n: [max(r.final, 1e-6) for r in rs] for n, rs in runs[task].items()}
-        pictures.bars(out / name, f"{task}: every seed, and the median", heights, y="final training loss", log=True)
+        pictures.bars(out / name, f"{task}, every seed", heights, x="final training loss", log=True)
         found[name] = f"Training loss at the end, {task}"
     return found

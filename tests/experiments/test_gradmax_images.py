@@ -66,13 +66,12 @@ def test_a_batch_norm_makes_new_units_large_at_once() -> None:
     assert normed > 100 * plain
 
 
-def test_the_experiment_leaves_its_pictures(tmp_path: Path) -> None:
+def test_claims(tmp_path: Path) -> None:
     base = {
         net: replace(plan, epochs=1, growths=1, steps=1, until=0.3, batch_size=32)
         for net, plan in gradmax_images.bases(False).items()
     }
     found = gradmax_images.run(Setting((0,), tmp_path, progress=False), base)
-    assert all((tmp_path / file).stat().st_size > 1000 for file in found.figures)
     assert {c.status for c in found.claims} == {"not established"}
     assert {"wrn BN-inverse gradmax-inverse firefly", "norm-jump", "vgg-gradmax-firefly"} <= {
         c.name for c in found.claims
