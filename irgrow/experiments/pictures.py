@@ -83,7 +83,7 @@ def bars(path: Path, title: str, values: Mapping[str, Sequence[float]], *, x: st
             ax.plot([float(np.median(known))] * 2, [number - 0.33, number + 0.33], color=color, linewidth=2.4)
     ax.set_yticks(range(len(values)), list(values))
     ax.set_ylim(len(values) - 0.4, -0.6)
-    finish(ax, f"{title} (bars: medians)", x, "", log_x=log, legend=False)
+    finish(ax, title, f"{x} (bars: medians)", "", log_x=log, legend=False)
     save(figure, path)
 
 
@@ -133,7 +133,7 @@ def finish(
     ax.tick_params(which="both", labelsize=8, colors=QUIET)
     entries = len(ax.get_legend_handles_labels()[0])
     if legend and entries > 5:
-        ax.legend(fontsize=7.5, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        ax.legend(fontsize=7.5, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.21))
     elif legend and entries:
         ax.legend(fontsize=7.5, frameon=False)
 
