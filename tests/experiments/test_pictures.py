@@ -21,6 +21,15 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
+def rendered(figure: Any) -> Any:
+    """What measures the figure's texts once it is drawn."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.get_renderer()
+
+
 def test_a_curve_on_another_is_dashed(drawn: list[Any], tmp_path: Path) -> None:
     curves = {"a": ([1, 2, 3], [[1.0, 2.0, 3.0]]), "b": ([1, 2, 3], [[1.0, 2.0, 3.0]]), "c": ([1, 2], [[3.0, 1.0]])}
     pictures.lines(tmp_path / "a.png", [("title", curves)], x="steps", y="loss")
@@ -36,9 +45,8 @@ def test_long_legends_stand_below(count: int, drawn: list[Any], tmp_path: Path) 
     curves = {f"curve {n}": ([0, 1], [[float(n), 1.0]]) for n in range(count)}
     pictures.lines(tmp_path / "a.png", [("title", curves)], x="steps", y="loss")
     figure = drawn[0]
-    figure.canvas.draw()
     (ax,) = figure.axes
-    renderer = figure.canvas.get_renderer()
+    renderer = rendered(figure)
     legend, panel = (part.get_window_extent(renderer) for part in (ax.get_legend(), ax))
     assert (legend.y1 < panel.y0) == (count > 5)
     assert legend.y0 >= 0 and legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
@@ -48,9 +56,8 @@ def test_names_of_bars_are_whole(drawn: list[Any], tmp_path: Path) -> None:
     values = {f"a rather long name of run {n}": [10.0**-n, 2 * 10.0**-n] for n in range(14)}
     pictures.bars(tmp_path / "a.png", "title", values, x="loss", log=True)
     figure = drawn[0]
-    figure.canvas.draw()
     (ax,) = figure.axes
-    renderer = figure.canvas.get_renderer()
+    renderer = rendered(figure)
     boxes = [label.get_window_extent(renderer) for label in ax.get_yticklabels()]
     assert len(boxes) == 14 and all(box.x0 >= 0 for box in boxes)
     assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
