@@ -7,7 +7,7 @@ table 2, and new fan-outs have half the mean norm of the existing ones (scale 0.
 not say so, but its 70.8 % at full width are what MobileNet-v1 reaches with it.
 
     small, big            the seed and the target, trained alike
-    random, gradmax       fan-in of norm eps along the first gradient step, fan-out drawn or from the SVD
+    random, gradmax       fan-in drawn with norm eps, fan-out drawn or from the SVD
     firefly               Firefly-Opt: fan-in (eps of the usual norm) and fan-out minimise the loss
     inverse ...           the same with fan-in of the usual norm: fan-out zero, for Firefly eps of the usual norm
 
@@ -116,9 +116,9 @@ NETWORKS: dict[str, tuple[Callable[[Layers, int, int], None], int, int]] = {  # 
 METHODS: dict[str, Callable[[int, int, Plan], Method | NeedsModel | None]] = {
     "small": lambda units, seed, p: None,
     "big": lambda units, seed, p: None,
-    "random": lambda units, seed, p: RandomFanOut(units, seed=seed, kick=p.eps, scale=p.scale),
+    "random": lambda units, seed, p: RandomFanOut(units, seed=seed, eps=p.eps, scale=p.scale),
     "firefly": lambda units, seed, p: FireflyOpt(units, steps=p.steps, eps=p.scale, scale=p.eps, seed=seed),
-    "gradmax": lambda units, seed, p: GradMax(units, kick=p.eps, scale=p.scale, seed=seed),
+    "gradmax": lambda units, seed, p: GradMax(units, eps=p.eps, scale=p.scale, seed=seed),
     "inverse random": lambda units, seed, p: Random(units, seed=seed),
     "inverse firefly": lambda units, seed, p: FireflyOpt(units, steps=p.steps, eps=p.eps, seed=seed),
     "inverse gradmax": lambda units, seed, p: InverseGradMax(units, steps=p.steps, seed=seed),

@@ -54,12 +54,13 @@ IMAGE, KERNEL = 5, 3  # side of the images and of the filters of convolutional t
 class RandomFanOut:
     """Fan-in zero, fan-out normal with the norm that GradMax gives it: the Random of GradMax's experiments.
 
-    (The published code draws it uniform in [0, 1).) `kick` and `scale` as in GradMax.
+    (The published code draws it uniform in [0, 1).) `kick`, `eps` and `scale` as in GradMax.
     """
 
     units: int = 1
     seed: int = 0
     kick: float = 1e-15
+    eps: float = 0.0
     scale: float = 1.0
 
     needs: ClassVar[tuple[str, ...]] = ("M_prev",)
@@ -72,7 +73,11 @@ class RandomFanOut:
         omega = normal(draw, columns(statistics), self.units, like=statistics.M_prev)
         omega = omega * (self.scale * statistics.fan_out_norm / omega.norm(dim=0))
         step = -statistics.slope * statistics.M_prev @ omega
-        alpha = self.kick * step / step.norm(dim=0).clamp(min=torch.finfo(step.dtype).tiny)
+        if self.eps:
+            alpha = normal(draw, len(step), self.units, like=step)
+            alpha = self.eps * alpha / alpha.norm(dim=0)
+        else:
+            alpha = self.kick * step / step.norm(dim=0).clamp(min=torch.finfo(step.dtype).tiny)
         gain = float(step.square().sum())
         return proposal(self, statistics, alpha, omega, predicted_gain=gain, gain_unit="gradient")
 
