@@ -3,13 +3,13 @@
 By default thin forms of the three on 8x8 digits: the same kinds of layers (residual blocks of which only the first
 convolution grows, depthwise convolutions that grow as identity), fewer of them. Every growth adds to all sites in
 proportion to their target; SGD with momentum 0.9 and a cosine. As in the paper VGG and WRN have no batch norm but in
-table 2, and new fan-outs have half the mean norm of the existing ones (scale 0.5). MobileNet has one: the paper does
+table 2, and new weights have half the mean norm of the existing ones (scale 0.5). MobileNet has one: the paper does
 not say so, but its 70.8 % at full width are what MobileNet-v1 reaches with it.
 
     small, big            the seed and the target, trained alike
     random, gradmax       fan-in drawn with norm eps, fan-out drawn or from the SVD
-    firefly               Firefly-Opt: fan-in (eps of the usual norm) and fan-out minimise the loss
-    inverse ...           the same with fan-in of the usual norm: fan-out zero, for Firefly eps of the usual norm
+    firefly               Firefly-Opt: fan-in (eps of the mean norm) and fan-out minimise the loss
+    inverse ...           fan-out zero (for Firefly eps of the mean norm), and fan-in drawn or optimised
 
 `full`: VGG-11 and WRN-28-1 on CIFAR-10, WRN-28-1 on CIFAR-100 (batch 128, 200 epochs, rates 0.05 and 0.1), MobileNet
 on ImageNet (batch 512); table 2 on CIFAR-10, the sweeps of figure 5 on ImageNet. Not stated: when networks grow (12
@@ -120,8 +120,8 @@ METHODS: dict[str, Callable[[int, int, Plan], Method | NeedsModel | None]] = {
     "firefly": lambda units, seed, p: FireflyOpt(units, steps=p.steps, eps=p.scale, scale=p.eps, seed=seed),
     "gradmax": lambda units, seed, p: GradMax(units, eps=p.eps, scale=p.scale, seed=seed),
     "inverse random": lambda units, seed, p: Random(units, seed=seed),
-    "inverse firefly": lambda units, seed, p: FireflyOpt(units, steps=p.steps, eps=p.eps, seed=seed),
-    "inverse gradmax": lambda units, seed, p: InverseGradMax(units, steps=p.steps, seed=seed),
+    "inverse firefly": lambda units, seed, p: FireflyOpt(units, steps=p.steps, eps=p.eps, scale=p.scale, seed=seed),
+    "inverse gradmax": lambda units, seed, p: InverseGradMax(units, steps=p.steps, scale=p.scale, seed=seed),
 }
 TABLE_1, INVERSE = tuple(METHODS)[:5], tuple(METHODS)[5:]
 
