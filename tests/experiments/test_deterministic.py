@@ -166,9 +166,10 @@ def test_none_is_forgotten() -> None:
     assert list(SMALL) == list(EXPERIMENTS)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n == "gradmax-figures" else ()) for n in SMALL]
-)
+LONG = ("gradmax-figures", "gradmax-images", "teacher-student")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in SMALL])
 def test_equal_seeds_write_equal_results(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = SMALL[name](monkeypatch)
     monkeypatch.setitem(EXPERIMENTS, name, EXPERIMENTS[name]._replace(module="small"))

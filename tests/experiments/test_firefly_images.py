@@ -44,18 +44,11 @@ def test_pixels_are_repeated() -> None:
 
 @pytest.mark.parametrize("method", firefly_widen.METHODS)
 def test_widening(method: str) -> None:
-    first, second = (firefly_widen.grown(method, 0, WIDER) for _ in range(2))
-    first.seconds = second.seconds = 0.0
-    assert first == second
-    assert first.parameters[1] > first.parameters[0] and first.structure[0] == "4-4-4"
-    assert (first.samples > 0) == (method != "net2net")
-
-
-def test_thirty_percent_more_units() -> None:
-    path = firefly_widen.grown("firefly", 0, WIDER)
-    assert sum(map(int, path.structure[1].split("-"))) == 12 + 4  # ceil(0.3 * 12)
-    path = firefly_widen.grown("firefly, authors' rule", 0, WIDER)
-    assert sum(map(int, path.structure[1].split("-"))) == 12 + 4
+    path = firefly_widen.grown(method, 0, WIDER)
+    assert path.parameters[1] > path.parameters[0] and path.structure[0] == "4-4-4"
+    assert (path.samples > 0) == (method != "net2net")
+    if method.startswith("firefly"):
+        assert sum(map(int, path.structure[1].split("-"))) == 12 + 4  # ceil(0.3 * 12)
 
 
 @pytest.mark.parametrize("method", firefly_deepen.METHODS)
