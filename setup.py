@@ -35,6 +35,8 @@ EXTRAS = {
         'triton-windows>=3.6; platform_system == "Windows"',
     ],
     "hf": ["transformers>=4.50"],
+    # What `irgrow reproduce --full` reads the papers' data with; torchvision must be built for the torch that is there.
+    "data": ["torchvision>=0.20", "datasets>=3"],
     "onnx": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
 }
 

@@ -77,6 +77,8 @@ def _experiment(name: str, one: dict[str, Any]) -> list[str]:
     about = EXPERIMENTS[name].summary if name in EXPERIMENTS else ""
     versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
     full = ", the paper's own setting" if one["full"] else ""
+    if "threads" in one:
+        versions += f", {one['threads']} thread per run"
     lines = [
         f"## {name}",
         "",

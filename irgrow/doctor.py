@@ -78,6 +78,7 @@ def examine() -> Iterable[Finding]:
         ("numba cache", numba_cache),
         *((name, partial(library, name)) for name in OLDEST if name not in special),
         ("torchvision", torchvision),
+        ("transformers", transformers),
     ]
     failed = set()
     for name, check in checks:
@@ -255,6 +256,25 @@ def torchvision() -> Finding:
         )
         return Finding("torchvision", "warn", f"does not load: {_first_line(problem)}", hint)
     return Finding("torchvision", "ok", str(getattr(module, "__version__", "loads")))
+
+
+def transformers() -> Finding:
+    """Where a checkout's folder `kernels` can be imported by that name, transformers takes it for another package."""
+    if importlib.util.find_spec("transformers") is None:
+        return Finding("transformers", "ok", "not installed; only heads in Hugging Face models need it")
+    version = metadata.version("transformers")
+    try:
+        other = importlib.util.find_spec("kernels")
+    except ValueError:  # of a module that something put there by hand
+        other = None
+    ours = (PACKAGE.parent / "kernels").resolve()
+    if other is not None and ours in [Path(place).resolve() for place in other.submodule_search_locations or ()]:
+        hint = (
+            "some of its models (RoBERTa among them) then do not load: start Python in another folder than the "
+            "checkout's, or leave that folder out of PYTHONPATH; `irgrow reproduce flatness-head` does without"
+        )
+        return Finding("transformers", "warn", f"{version}, takes {ours} for the package `kernels`", hint)
+    return Finding("transformers", "ok", version)
 
 
 def _writable(folder: Path) -> bool:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,23 @@ def test_doctor_explains_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert finding.state == "warn"
     assert finding.found == "does not load: operator torchvision::nms does not exist"
     assert "from one index" in finding.hint
+
+
+def test_doctor_explains_a_folder_called_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert doctor.transformers().found.startswith("not installed")
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "5.0")
+
+    def spec(name: str, place: Path) -> ModuleSpec:
+        found = ModuleSpec(name, None, is_package=True)
+        found.submodule_search_locations = [str(place)]
+        return found
+
+    for place, state in ((doctor.PACKAGE.parent / "kernels", "warn"), (tmp_path / "elsewhere", "ok")):
+        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name, place=place: spec(name, place))
+        finding = doctor.transformers()
+        assert (finding.state, bool(finding.hint)) == (state, state == "warn")
+        assert ("for the package `kernels`" in finding.found) == (state == "warn")
 
 
 def test_doctor_finds_old_and_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None:

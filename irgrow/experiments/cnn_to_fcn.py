@@ -528,7 +528,7 @@ def _filters(setting: Setting, relax: Sequence[int], first: dict[str, Any]) -> N
     ]
     start, end = (np.array(f) for f in first["fcn"]["filters"])
     tiles += [("FCN, trained", end), ("FCN, change", end - start)]
-    figure, axes = pictures.panel_row(len(tiles))
+    figure, axes = pictures.panel_row(len(tiles), columns=len(tiles))
     figure.set_size_inches(2.1 * len(tiles), 2.6)
     shown = [np.log(np.maximum(np.abs(t), 1e-4)) for _, t in tiles]
     image = None

@@ -8,6 +8,13 @@ later sum is joined by operations, each
 Cells are stacked, the middle one halves the image, and grow in turn: every unit may split, new ones may come, a
 quarter stays. Afterwards an edge keeps its widest operation, or becomes the identity if all of them grew by less than
 20 %. The cell found is trained from scratch beside cells with random choices: the control the paper's table has.
+
+`full`: CIFAR-10. The search has five cells, the second and fourth halve the image, and half of the training images:
+operations of 4-8-8-16-16 channels summed as 16-32-32-64-64, as many new candidates as channels, 10 growths 10 epochs
+apart, candidates trained for 5. What is found fills 20 cells (1-6, 7, 8-13, 14, 15-20), trained for DARTS's 600 epochs.
+Left out of DARTS's setting: its second head, dropped paths, cutout and augmentation. Its optimizer is replaced by Adam
+at 3e-3; of "SepConv and DilConv of different sizes" it has 3x3 and 5x5. The final channels, 40 at first "to match the
+model size", are 40-40-80-80-160 here.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ from irgrow.experiments import images
 from irgrow.experiments.claims import claim
 from irgrow.experiments.images import Counted
 from irgrow.experiments.pictures import bars
-from irgrow.experiments.reproduce import Findings, MissingData, Setting
+from irgrow.experiments.reproduce import Findings, Setting
 from irgrow.growth.firefly import Firefly
 from irgrow.ir.builder import Builder
 from irgrow.ir.errors import Refused
@@ -32,14 +39,58 @@ from irgrow.ir.network import Network
 from irgrow.ir.pattern import Conv2d, Identity
 from irgrow.runtime.model import compile
 
-CELLS, NODES, CHANNELS, WIDTH = 3, 4, 4, 3
-OPERATIONS = {"separable": 1, "dilated": 2}  # the dilation of the depthwise convolution
+NODES = 4
 IDENTITY = "identity"
-NEW, SHARE, GREW = 1, 0.25, 0.2
-ROUNDS, EPOCHS, LAST = 2, 1, 6  # times that every cell grows; epochs between growths and of the final training
-SAMPLES = 640  # of the digits, for the search
+RATE, SHARE, GREW = 3e-3, 0.25, 0.2
 Edge = tuple[int, int]
 Choice = Mapping[Edge, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells that are searched, one entry each, and how; then how often each is repeated in the last network."""
+
+    data: str = "digits"
+    channels: tuple[int, ...] = (4, 4, 4)  # of the sums
+    widths: tuple[int, ...] = (3, 3, 3)  # of the operations at the start
+    reduced: tuple[int, ...] = (1,)  # the cells that halve the image
+    new: tuple[int, ...] = (1, 1, 1)  # candidates per operation
+    kernels: tuple[int, ...] = (3,)
+    rounds: int = 2  # times that every cell grows
+    epochs: int = 1  # between growths
+    steps: int | None = 10  # of training the candidates; None: five epochs
+    batch_size: int = 64
+    batches: int = 4  # that score the candidates
+    samples: int = 640  # for the search
+    repeats: tuple[int, ...] = (1, 1, 1)
+    final_channels: tuple[int, ...] = (4, 4, 4)
+    final_widths: tuple[int, ...] = (6, 6, 6)
+    last: int = 6  # epochs of the final training
+    controls: int = 3  # random choices beside each
+
+    @property
+    def operations(self) -> dict[str, tuple[int, int]]:
+        """Kernel and dilation by name."""
+        kinds = {"separable": 1, "dilated": 2}
+        several = len(self.kernels) > 1
+        return {f"{kind}{k if several else ''}": (k, d) for k in self.kernels for kind, d in kinds.items()}
+
+
+FULL = Plan(
+    "CIFAR10",
+    channels=(16, 32, 32, 64, 64),
+    widths=(4, 8, 8, 16, 16),
+    reduced=(1, 3),
+    new=(4, 8, 8, 16, 16),
+    kernels=(3, 5),
+    epochs=10,
+    steps=None,
+    samples=25_000,
+    repeats=(6, 1, 6, 1, 6),
+    final_channels=(40, 40, 80, 80, 160),
+    final_widths=(10, 10, 20, 20, 40),
+    last=600,
+)
 
 
 @dataclass(frozen=True)
@@ -57,15 +108,14 @@ class Found:
     samples: int
 
 
-def run(setting: Setting, *, rounds: int = ROUNDS, controls: int = 3) -> Findings:
+def run(setting: Setting, plan: Plan | None = None) -> Findings:
     """A search per seed, and the training of what it found beside random cells."""
-    if setting.full:
-        raise MissingData(
-            "firefly-cells --full", "no 20-cell network on CIFAR-10 here", "days on a GPU", do="run the small search"
-        )
-    results = setting.each(search, [(seed, rounds, controls) for seed in setting.seeds], "searches")
+    plan = plan or (FULL if setting.full else Plan())
+    images.load(name=plan.data)  # MissingData before anything is trained
+    results = setting.each(search, [(seed, plan) for seed in setting.seeds], "searches")
     ahead = [100 * (r.accuracy - float(np.median(r.random))) for r in results]
     smaller = [float(np.median(r.random_parameters)) / r.parameters for r in results]
+    named = (*plan.operations, IDENTITY)
     kinds = [kind for r in results for cell in r.cells for kind in cell.values()]
     findings = Findings(
         [
@@ -82,7 +132,7 @@ def run(setting: Setting, *, rounds: int = ROUNDS, controls: int = 3) -> Finding
             ),
             claim("size", "and has fewer parameters: ratio", "control", smaller, ">", 1.0),
         ],
-        ("seed", "cell found %", "random cells %", "parameters", "random (median)", "separable / dilated / identity"),
+        ("seed", "cell found %", "random cells %", "parameters", "random (median)", " / ".join(named)),
         [
             (
                 r.seed,
@@ -90,9 +140,7 @@ def run(setting: Setting, *, rounds: int = ROUNDS, controls: int = 3) -> Finding
                 ", ".join(f"{100 * a:.1f}" for a in r.random),
                 r.parameters,
                 int(np.median(r.random_parameters)),
-                " / ".join(
-                    str(sum(kind == k for cell in r.cells for kind in cell.values())) for k in (*OPERATIONS, IDENTITY)
-                ),
+                " / ".join(str(sum(kind == k for cell in r.cells for kind in cell.values())) for k in named),
             )
             for r in results
         ],
@@ -102,9 +150,9 @@ def run(setting: Setting, *, rounds: int = ROUNDS, controls: int = 3) -> Finding
     picture = setting.out / "cells.png"
     bars(
         picture,
-        "digits: cells trained from scratch",
+        f"{plan.data}: cells trained from scratch",
         {"found": [100 * r.accuracy for r in results], "random": [100 * a for r in results for a in r.random]},
-        y="test accuracy (%)",
+        x="test accuracy (%)",
     )
     findings.figures[picture.name] = "accuracy of the cells found and of random ones"
     return findings
@@ -117,94 +165,113 @@ def edges() -> Iterator[Edge]:
             yield source, node
 
 
-def stack(seed: int, choices: Sequence[Choice] | None = None, width: int = WIDTH) -> Network:
-    """Cells on top of each other, then the classes; with all operations, or (`choices`) one per edge."""
+def stack(plan: Plan, image: tuple[int, ...], seed: int, choices: Sequence[Choice] | None = None) -> Network:
+    """Cells on top of each other, then the classes: with all operations, or (`choices`, per kind of cell) one per edge.
+
+    With choices every cell is repeated and has its final sizes; only the first of those that halve the image does.
+    """
     builder = Builder(seed=seed)
-    before = last = (builder.input("input", (1, 8, 8)), 8)
-    for cell in range(CELLS):
-        choice = None if choices is None else choices[cell]
-        before, last = last, _cell(builder, f"c{cell}", (before, last), cell == CELLS // 2, choice, width)
+    before = last = (builder.input("input", image), image[1])
+    number = 0
+    for kind in range(len(plan.widths)):
+        for again in range(1 if choices is None else plan.repeats[kind]):
+            choice = None if choices is None else choices[kind]
+            sizes = (plan.channels, plan.widths) if choices is None else (plan.final_channels, plan.final_widths)
+            halved = kind in plan.reduced and not again
+            cell = _Cell(builder, f"c{number}", sizes[0][kind], sizes[1][kind], plan, choice)
+            before, last = last, cell.on((before, last), halved)
+            number += 1
     builder.output("output", 10, bias=True)
     builder.connect(last[0], "output")
     return builder.build()
 
 
-def _cell(
-    builder: Builder,
-    name: str,
-    ends: tuple[tuple[str, int], tuple[str, int]],
-    reduced: bool,
-    choice: Choice | None,
-    width: int,
-) -> tuple[str, int]:
-    """One cell on top of two groups, each with the side of its images; its output, and the side of that."""
-    side = ends[1][1]
-    size = side // 2 if reduced else side
-    nodes = []
-    for number, (end, larger) in enumerate(ends):
-        nodes.append(builder.group(f"{name}_in{number}", (CHANNELS, side, side)))
-        builder.connect(end, nodes[-1], Conv2d((1, 1), (larger // side, larger // side)))
-    for number in range(2, 2 + NODES):
-        nodes.append(builder.group(f"{name}_sum{number}", (CHANNELS, size, size)))
-    for source, target in edges():
-        stride = 2 if reduced and source < 2 else 1
-        if choice is None:
-            kinds = list(OPERATIONS)
-        else:
-            kinds = [choice[source, target]]
-        for kind in kinds:
-            _operation(builder, f"{name}_{source}{target}", nodes[source], nodes[target], size, kind, stride, width)
-    out = f"{name}_out"
-    builder.group(out, (NODES * CHANNELS, size, size))
-    for number in range(NODES):
-        builder.connect(nodes[2 + number], out, Identity(number * CHANNELS))
-    return out, size
+@dataclass(frozen=True)
+class _Cell:
+    """Adds one cell to a builder."""
+
+    builder: Builder
+    name: str
+    channels: int
+    width: int
+    plan: Plan
+    choice: Choice | None
+
+    def on(self, ends: tuple[tuple[str, int], tuple[str, int]], halved: bool) -> tuple[str, int]:
+        """The cell on top of two groups, each with the side of its images; its output, and the side of that."""
+        builder, name, channels = self.builder, self.name, self.channels
+        side = ends[1][1]
+        size = side // 2 if halved else side
+        nodes = []
+        for number, (end, larger) in enumerate(ends):
+            nodes.append(builder.group(f"{name}_in{number}", (channels, side, side)))
+            builder.connect(end, nodes[-1], Conv2d((1, 1), (larger // side, larger // side)))
+        for number in range(2, 2 + NODES):
+            nodes.append(builder.group(f"{name}_sum{number}", (channels, size, size)))
+        for source, target in edges():
+            stride = 2 if halved and source < 2 else 1
+            kinds = list(self.plan.operations) if self.choice is None else [self.choice[source, target]]
+            for kind in kinds:
+                self._operation(f"{name}_{source}{target}", nodes[source], nodes[target], size, kind, stride)
+        out = f"{name}_out"
+        builder.group(out, (NODES * channels, size, size))
+        for number in range(NODES):
+            builder.connect(nodes[2 + number], out, Identity(number * channels))
+        return out, size
+
+    def _operation(self, name: str, source: str, target: str, size: int, kind: str, stride: int) -> None:
+        builder = self.builder
+        if kind == IDENTITY:
+            pattern = Identity() if stride == 1 else Conv2d((1, 1), (stride, stride))
+            builder.connect(source, target, pattern, name=f"{name}_identity")
+            return
+        kernel, dilation = self.plan.operations[kind]
+        padding = dilation * (kernel // 2)
+        depthwise = Conv2d((kernel, kernel), (stride, stride), (padding, padding), (dilation, dilation), self.channels)
+        builder.group(f"{name}_{kind}_deep", (self.channels, size, size))
+        builder.connect(source, f"{name}_{kind}_deep", depthwise)
+        builder.group(f"{name}_{kind}", (self.width, size, size), activation="relu", bias=True)
+        builder.connect(f"{name}_{kind}_deep", f"{name}_{kind}", Conv2d((1, 1)))
+        builder.connect(f"{name}_{kind}", target, Conv2d((1, 1)))
 
 
-def _operation(
-    builder: Builder, name: str, source: str, target: str, size: int, kind: str, stride: int, width: int
-) -> None:
-    if kind == IDENTITY:
-        if stride == 1:
-            builder.connect(source, target, Identity(), name=f"{name}_identity")
-        else:
-            builder.connect(source, target, Conv2d((1, 1), (stride, stride)), name=f"{name}_identity")
-        return
-    dilation = OPERATIONS[kind]
-    depthwise = Conv2d((3, 3), (stride, stride), (dilation, dilation), (dilation, dilation), CHANNELS)
-    builder.group(f"{name}_{kind}_deep", (CHANNELS, size, size))
-    builder.connect(source, f"{name}_{kind}_deep", depthwise)
-    builder.group(f"{name}_{kind}", (width, size, size), activation="relu", bias=True)
-    builder.connect(f"{name}_{kind}_deep", f"{name}_{kind}", Conv2d((1, 1)))
-    builder.connect(f"{name}_{kind}", target, Conv2d((1, 1)))
-
-
-def search(seed: int, rounds: int, controls: int) -> Found:
+def search(seed: int, plan: Plan) -> Found:
     """Grows the cells in turn, chooses, and trains what was chosen beside random choices."""
-    (x, y), test = images.load()
-    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:SAMPLES]
+    (x, y), test = images.load(name=plan.data)
+    image = tuple(x.shape[1:])
+    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[: plan.samples]
     data = (x[chosen], y[chosen])
-    model = compile(stack(seed))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model = compile(stack(plan, image, seed))
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     draw = torch.Generator().manual_seed(seed)
     counted, begun = Counted(), perf_counter()
-    for step in range(rounds * CELLS):
-        images.train(model, optimizer, data, EPOCHS, draw)
+    cells = len(plan.widths)
+    steps = 5 * math.ceil(len(data[1]) / plan.batch_size) if plan.steps is None else plan.steps
+    for step in range(plan.rounds * cells):
+        images.train(model, optimizer, data, plan.epochs, draw)
         network = model.network()
-        sites = list(_growing(network, step % CELLS))
+        sites = list(_growing(plan, step % cells))
         units = math.ceil(SHARE * sum(network.groups[s].units for s in sites))
-        how = Firefly(units - 1, new=NEW, rule="authors", steps=10, seed=1000 * seed + step, batch_size=64, batches=4)
+        how = Firefly(
+            units - 1,
+            new=plan.new[step % cells],
+            rule="authors",
+            steps=steps,
+            seed=1000 * seed + step,
+            batch_size=plan.batch_size,
+            batches=plan.batches,
+        )
         try:
             model.grow(how.select(model, data, counted, sites=sites)(network), optimizer)
         except Refused:
             continue
     seconds = perf_counter() - begun
-    widths = [_widths(model.structure, cell) for cell in range(CELLS)]
-    choices = [choose(w) for w in widths]
+    widths = [_widths(plan, model.structure, cell) for cell in range(cells)]
+    choices = [choose(plan, w, plan.widths[cell]) for cell, w in enumerate(widths)]
     random = np.random.default_rng(seed)
-    kinds = (*OPERATIONS, IDENTITY)
-    others = [[{e: str(random.choice(kinds)) for e in edges()} for _ in range(CELLS)] for _ in range(controls)]
-    trained = [_final(c, seed, (x, y), test) for c in (choices, *others)]
+    kinds = (*plan.operations, IDENTITY)
+    others = [[{e: str(random.choice(kinds)) for e in edges()} for _ in range(cells)] for _ in range(plan.controls)]
+    trained = [_final(plan, c, seed, (x, y), test) for c in (choices, *others)]
     return Found(
         seed,
         [{f"{a}->{b}": kind for (a, b), kind in choice.items()} for choice in choices],
@@ -218,33 +285,33 @@ def search(seed: int, rounds: int, controls: int) -> Found:
     )
 
 
-def choose(widths: Mapping[tuple[int, int, str], int]) -> dict[Edge, str]:
+def choose(plan: Plan, widths: Mapping[tuple[int, int, str], int], start: int) -> dict[Edge, str]:
     """Per edge its widest operation (the first of equals), or the identity where all grew by less than 20 %."""
     found = {}
     for source, target in edges():
-        best = max(OPERATIONS, key=lambda kind: widths[source, target, kind])
-        grew = widths[source, target, best] / WIDTH - 1
+        best = max(plan.operations, key=lambda kind: widths[source, target, kind])
+        grew = widths[source, target, best] / start - 1
         found[source, target] = best if grew >= GREW else IDENTITY
     return found
 
 
-def _growing(network: Network, cell: int) -> Iterator[str]:
+def _growing(plan: Plan, cell: int) -> Iterator[str]:
     for source, target in edges():
-        for kind in OPERATIONS:
+        for kind in plan.operations:
             yield f"c{cell}_{source}{target}_{kind}"
 
 
-def _widths(network: Network, cell: int) -> dict[tuple[int, int, str], int]:
+def _widths(plan: Plan, network: Network, cell: int) -> dict[tuple[int, int, str], int]:
     return {
         (source, target, kind): network.groups[f"c{cell}_{source}{target}_{kind}"].units
         for source, target in edges()
-        for kind in OPERATIONS
+        for kind in plan.operations
     }
 
 
-def _final(choices: Sequence[Choice], seed: int, data: images.Data, test: images.Data) -> tuple[float, int]:
+def _final(plan: Plan, choices: Sequence[Choice], seed: int, data: images.Data, test: images.Data) -> tuple[float, int]:
     """Test accuracy and parameters of the network with these cells, trained from scratch."""
-    model = compile(stack(seed, choices, 2 * WIDTH))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    images.train(model, optimizer, data, LAST, torch.Generator().manual_seed(seed))
+    model = compile(stack(plan, tuple(data[0].shape[1:]), seed, choices))
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    images.train(model, optimizer, data, plan.last, torch.Generator().manual_seed(seed))
     return images.score(model, test), model.structure.counts.parameters

@@ -26,6 +26,7 @@ from irgrow.ir.errors import BadFile, IrgrowError, UnknownName
 
 T = TypeVar("T")
 SUITE = 1  # of the layout of result.json
+THREADS = 1  # of every run, whatever the process was given: sums depend on how they are split
 
 
 class Experiment(NamedTuple):
@@ -159,6 +160,7 @@ def as_dict(name: str, setting: Setting, findings: Findings) -> dict[str, Any]:
         "suite": SUITE,
         "seeds": list(setting.seeds),
         "full": setting.full,
+        "threads": THREADS,
         "versions": {"irgrow": irgrow.__version__, "torch": str(torch.__version__)},
         "claims": [one.as_dict() for one in findings.claims],
         "table": {"columns": list(findings.columns), "rows": [[_cell(c) for c in row] for row in findings.rows]},
@@ -223,4 +225,4 @@ def _cell(value: Any) -> Any:
 def _one_thread() -> None:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)

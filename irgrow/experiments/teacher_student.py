@@ -54,12 +54,14 @@ IMAGE, KERNEL = 5, 3  # side of the images and of the filters of convolutional t
 class RandomFanOut:
     """Fan-in zero, fan-out normal with the norm that GradMax gives it: the Random of GradMax's experiments.
 
-    (The published code draws it uniform in [0, 1).) `kick` as in GradMax.
+    (The published code draws it uniform in [0, 1).) `kick`, `eps` and `scale` as in GradMax.
     """
 
     units: int = 1
     seed: int = 0
     kick: float = 1e-15
+    eps: float = 0.0
+    scale: float = 1.0
 
     needs: ClassVar[tuple[str, ...]] = ("M_prev",)
 
@@ -69,9 +71,13 @@ class RandomFanOut:
         assert statistics.M_prev is not None
         draw = torch.Generator().manual_seed(self.seed + statistics.units)
         omega = normal(draw, columns(statistics), self.units, like=statistics.M_prev)
-        omega = omega * (statistics.fan_out_norm / omega.norm(dim=0))
+        omega = omega * (self.scale * statistics.fan_out_norm / omega.norm(dim=0))
         step = -statistics.slope * statistics.M_prev @ omega
-        alpha = self.kick * step / step.norm(dim=0).clamp(min=torch.finfo(step.dtype).tiny)
+        if self.eps:
+            alpha = normal(draw, len(step), self.units, like=step)
+            alpha = self.eps * alpha / alpha.norm(dim=0)
+        else:
+            alpha = self.kick * step / step.norm(dim=0).clamp(min=torch.finfo(step.dtype).tiny)
         gain = float(step.square().sum())
         return proposal(self, statistics, alpha, omega, predicted_gain=gain, gain_unit="gradient")
 
@@ -365,137 +371,57 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a / max(b, 1e-300) for a, b in zip(above, below, strict=False)]
 
 
+TITLES = {
+    "small": "Small",
+    "big": "Big",
+    "random": "Random",
+    "random fan-out": "the paper's Random",
+    "gradmax": "GradMax",
+    "gradmax + signs": "GradMax with signs",
+    "gradmax-opt": "GradMaxOpt",
+}
+BELOW = (  # name, task, loss of one / of the other, whose claim, on which side of 1, in the paper
+    ("square-small", "10:10:10", "small", "random", "measured independently", ">", ""),
+    ("square-random", "10:10:10", "random", "gradmax + signs", "measured independently", ">", ""),
+    ("figure-3a", "20:10:10", "gradmax", "random fan-out", "figure 3a", "<", "GradMax is lower"),
+    ("figure-3a-big", "20:10:10", "big", "gradmax", "figure 3a", "<", "Big is lower"),
+    ("figure-3a-big-signs", "20:10:10", "big", "gradmax + signs", "figure 3a", "<",
+     "Big is lower (no sign choice there)"),
+    ("gradmax-opt", "20:10:10", "gradmax-opt", "gradmax", "figure 3", ">", "GradMax is lower"),
+    ("figure-3b", "100:50:10", "gradmax", "random fan-out", "figure 3b", "<", "GradMax is lower"),
+    ("figure-3b-big", "100:50:10", "gradmax", "big", "figure 3b", "<=", "GradMax matches Big"),
+    ("figure-10", "convolutional", "gradmax", "random fan-out", "figure 10", "<", "GradMax is lower"),
+    ("figure-12", "batch norm", "gradmax", "random fan-out", "figure 12", "<", "GradMax is lower"),
+    ("figure-13a", "20:10:10", "all-zero", "gradmax", "figure 13a", ">", "GradMax is lower"),
+)  # fmt: skip
+BOUNDS = (  # of losses on 20:10:10
+    ("gradmax", "gradmax", "<=", 0.25),
+    ("gradmax-signs", "gradmax + signs", "<=", 0.05),
+    ("random-below", "random", "<=", 0.45),
+    ("random-above", "random", ">=", 0.2),
+    ("small", "small", ">", 1.0),
+)
+SAME = "for one unit our ascent ends at the singular vector itself, with either sign: only the sign differs"
+
+
 def _claims(finals: dict[str, dict[str, list[float]]], runs: dict[str, dict[str, list[Run]]]) -> list[Claim]:
-    issue, paper = "measured independently", "GradMax, section 4.1"
-    dense, square, large = finals["20:10:10"], finals["10:10:10"], finals["100:50:10"]
-    conv, norm = finals["convolutional"], finals["batch norm"]
-    signs = ratios(dense["gradmax"], dense["gradmax + signs"])
+    issue, task = "measured independently", "20:10:10"
+    dense = finals[task]
     of_medians = median(dense["gradmax"]) / median(dense["gradmax + signs"])
-    cost = runs["20:10:10"]["gradmax"][0].multiply_adds / runs["20:10:10"]["big"][0].multiply_adds
-    return [
-        claim("gradmax", "20:10:10: loss of GradMax without sign choice", issue, dense["gradmax"], "<=", 0.25),
-        claim("gradmax-signs", "20:10:10: loss of GradMax with it", issue, dense["gradmax + signs"], "<=", 0.05),
-        claim("random-below", "20:10:10: loss of Random, at most", issue, dense["random"], "<=", 0.45),
-        claim("random-above", "20:10:10: loss of Random, at least", issue, dense["random"], ">=", 0.2),
-        claim("small", "20:10:10: loss of Small", issue, dense["small"], ">", 1.0),
-        claim(
-            "signs",
-            "20:10:10: loss of GradMax without sign choice / with",
-            issue,
-            signs,
-            ">=",
-            4.0,
-            note=f"the ratio of the medians is {of_medians:.3g}",
-        ),
-        claim(
-            "square-small",
-            "10:10:10: loss of Small / Random",
-            issue,
-            ratios(square["small"], square["random"]),
-            ">",
-            1.0,
-        ),
-        claim(
-            "square-random",
-            "10:10:10: loss of Random / GradMax with signs",
-            issue,
-            ratios(square["random"], square["gradmax + signs"]),
-            ">",
-            1.0,
-        ),
-        claim(
-            "figure-3a",
-            "20:10:10: loss of GradMax / the paper's Random (fan-in zero)",
-            f"{paper}, figure 3a",
-            ratios(dense["gradmax"], dense["random fan-out"]),
-            "<",
-            1.0,
-            paper="GradMax is lower",
-        ),
-        claim(
-            "figure-3a-big",
-            "20:10:10: loss of Big / GradMax, no signs",
-            f"{paper}, figure 3a",
-            ratios(dense["big"], dense["gradmax"]),
-            "<",
-            1.0,
-            paper="Big is lower",
-        ),
-        claim(
-            "figure-3a-big-signs",
-            "20:10:10: loss of Big / GradMax with signs",
-            f"{paper}, figure 3a",
-            ratios(dense["big"], dense["gradmax + signs"]),
-            "<",
-            1.0,
-            paper="Big is lower (no sign choice there)",
-        ),
-        claim(
-            "gradmax-opt",
-            "20:10:10: loss of GradMaxOpt / GradMax, no signs",
-            f"{paper}, figure 3",
-            ratios(dense["gradmax-opt"], dense["gradmax"]),
-            ">",
-            1.0,
-            paper="GradMax is lower",
-            note="for one unit our ascent ends at the singular vector itself, with either sign: only the sign differs",
-        ),
-        claim(
-            "figure-3b",
-            "100:50:10: loss of GradMax / the paper's Random",
-            f"{paper}, figure 3b",
-            ratios(large["gradmax"], large["random fan-out"]),
-            "<",
-            1.0,
-            paper="GradMax is lower",
-        ),
-        claim(
-            "figure-3b-big",
-            "100:50:10: loss of GradMax / Big",
-            f"{paper}, figure 3b",
-            ratios(large["gradmax"], large["big"]),
-            "<=",
-            1.0,
-            paper="GradMax matches Big",
-        ),
-        claim(
-            "figure-10",
-            "convolutional: loss of GradMax / the paper's Random",
-            "GradMax, figure 10",
-            ratios(conv["gradmax"], conv["random fan-out"]),
-            "<",
-            1.0,
-            paper="GradMax is lower",
-        ),
-        claim(
-            "figure-12",
-            "batch norm: loss of GradMax / the paper's Random",
-            "GradMax, figure 12",
-            ratios(norm["gradmax"], norm["random fan-out"]),
-            "<",
-            1.0,
-            paper="GradMax is lower",
-        ),
-        claim(
-            "figure-13a",
-            "20:10:10: loss of all-zero / GradMax, no signs",
-            "GradMax, figure 13a",
-            ratios(dense["all-zero"], dense["gradmax"]),
-            ">",
-            1.0,
-            paper="GradMax is lower",
-        ),
-        claim(
-            "cost",
-            "20:10:10: multiply-adds of the grown student / Big",
-            paper,
-            cost,
-            "<=",
-            0.75,
-            paper="75 %",
-            note="75 % is the mean width while it grows; with the 500 steps at full width that follow it is 80 %",
-        ),
-    ]
+    cost = runs[task]["gradmax"][0].multiply_adds / runs[task]["big"][0].multiply_adds
+    many = [claim(n, f"{task}: loss of {TITLES[arm]}", issue, dense[arm], way, at) for n, arm, way, at in BOUNDS]
+    signs = ratios(dense["gradmax"], dense["gradmax + signs"])
+    text = f"{task}: loss of GradMax / GradMax with signs"
+    many.append(claim("signs", text, issue, signs, ">=", 4.0, note=f"the ratio of the medians is {of_medians:.3g}"))
+    for name, task, above, below, source, way, paper in BELOW:
+        text = f"{task}: loss of {TITLES.get(above, above)} / {TITLES[below]}"
+        whose = f"GradMax, {source}" if source.startswith("figure") else source
+        note = SAME if above == "gradmax-opt" else ""
+        found = ratios(finals[task][above], finals[task][below])
+        many.append(claim(name, text, whose, found, way, 1.0, paper=paper, note=note))
+    text = "20:10:10: multiply-adds of the grown student / Big"
+    note = "75 % is the mean width while it grows; with the 500 steps at full width that follow it is 80 %"
+    return [*many, claim("cost", text, "GradMax, section 4.1", cost, "<=", 0.75, paper="75 %", note=note)]
 
 
 def _notes(runs: dict[str, dict[str, list[Run]]]) -> list[str]:
@@ -526,6 +452,6 @@ def _pictures(out: Path, runs: dict[str, dict[str, list[Run]]]) -> dict[str, str
     for task in ("20:10:10", "10:10:10"):
         name = f"final-{task.split(':')[0]}.png"
         heights = {n: [max(r.final, 1e-6) for r in rs] for n, rs in runs[task].items()}
-        pictures.bars(out / name, f"{task}: every seed, and the median", heights, y="final training loss", log=True)
+        pictures.bars(out / name, f"{task}, every seed", heights, x="final training loss", log=True)
         found[name] = f"Training loss at the end, {task}"
     return found

@@ -1,12 +1,17 @@
 """Pure growth of a thin residual network (TINY): neurons are added, and no gradient step is ever taken.
 
-Digits of 8x8 pixels; a stem, three residual blocks (two 3x3 convolutions around a skip; stride 2 in the second and
-third, with a 1x1 convolution as the skip) and a mean over positions. Growing widens the inside of the blocks, one
-block after the other: a method proposes the units, a line search on other samples their amplitude.
+By default digits of 8x8 pixels; a stem, three stages of residual blocks (two 3x3 convolutions around a skip; stride 2
+from the second stage on, with a 1x1 convolution as the skip) and a mean over positions. Growing widens the inside of
+the blocks, one block after the other: a method proposes the units, a line search on other samples their amplitude.
 
     TINY, random        as the paper compares them: random fan-in and fan-out
     TINY + dW           with the best update of the second convolution, at an amplitude of its own
     random + dW         the control: the same best updates beside random units
+
+`full`: from ResNet_1/64 to ResNet-18 on CIFAR-100, four runs in the paper (`--seeds 4`). Read as: four stages of two
+blocks with 64 to 512 channels, whose insides begin with a 64th of that and end with all of it. Not stated: what else
+is thin (nothing here), how many units a step adds (a 32nd of the block's width), how many samples statistics and
+amplitudes are taken on (2000 and 1000), batch norm (none).
 """
 
 from __future__ import annotations
@@ -19,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from irgrow.experiments import images
 from irgrow.experiments.claims import Claim, claim
-from irgrow.experiments.digits import load
 from irgrow.experiments.reproduce import Findings, Setting
 from irgrow.growth.fit import accuracy
 from irgrow.growth.methods import Random, Tiny
@@ -37,40 +42,60 @@ from irgrow.passes.add_units import AddUnits
 from irgrow.runtime.model import compile
 
 Batch = tuple[Tensor, Tensor]
-BLOCKS = ("inside1", "inside2", "inside3")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; `channels` of the three blocks' outputs, `inside` units at the start."""
+    """How much of everything; `channels` of each stage's outputs.
 
-    channels: tuple[int, int, int] = (4, 8, 16)
+    inside, units   of each block at the start, and per growth; in `full` per 64 channels of the block's width
+    """
+
+    data: str = "digits"
+    channels: tuple[int, ...] = (4, 8, 16)
+    blocks: int = 1  # per stage
     inside: int = 1
     units: int = 2
     growths: int = 12
     train: int = 400
+    proportional: bool = False
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """The insides of the blocks, with what a block's width multiplies `inside` and `units` by."""
+        names = [f"{n}{chr(97 + k) if self.blocks > 1 else ''}" for n in range(1, len(self.channels) + 1)
+                 for k in range(self.blocks)]  # fmt: skip
+        wide = [c // 64 if self.proportional else 1 for c in self.channels for _ in range(self.blocks)]
+        return {f"inside{name}": w for name, w in zip(names, wide, strict=True)}
 
 
-def resnet(size: Size, seed: int) -> Network:
-    """The thin network: 1x8x8 images, ten classes, float64."""
-    builder = Builder(seed=seed, dtype=torch.float64)
-    builder.input("x", (1, 8, 8))
-    last, side = "stem", 8
-    builder.group("stem", (size.channels[0], 8, 8), activation="relu", bias=True)
+FULL = Size("CIFAR100", (64, 128, 256, 512), 2, 1, 2, 8 * 32, 2000, True)
+
+
+def resnet(
+    size: Size, seed: int, image: tuple[int, ...] = (1, 8, 8), classes: int = 10, dtype: torch.dtype = torch.float64
+) -> Network:
+    """The thin network."""
+    builder = Builder(seed=seed, dtype=dtype)
+    builder.input("x", image)
+    last, side, width = "stem", image[1], size.channels[0]
+    builder.group("stem", (width, side, side), activation="relu", bias=True)
     builder.connect("x", "stem", Conv2d((3, 3), padding=(1, 1)))
-    for n, channels in enumerate(size.channels, 1):
-        stride = 1 if n == 1 else 2
+    for n, (inside, times) in enumerate(size.sites.items()):
+        stage, within = divmod(n, size.blocks)
+        channels, stride = size.channels[stage], 2 if stage and not within else 1
         side //= stride
-        inside, block = f"inside{n}", f"block{n}"
-        builder.group(inside, (size.inside, side, side), activation="relu", bias=True)
+        block = inside.replace("inside", "block")
+        builder.group(inside, (size.inside * times, side, side), activation="relu", bias=True)
         builder.group(block, (channels, side, side), activation="relu", bias=True)
         builder.connect(last, inside, Conv2d((3, 3), (stride, stride), (1, 1)))
         builder.connect(inside, block, Conv2d((3, 3), padding=(1, 1)))
-        builder.connect(last, block, Identity() if stride == 1 else Conv2d((1, 1), (stride, stride)))
-        last = block
-    builder.group("mean", (size.channels[-1], 1, 1))
+        same = stride == 1 and width == channels
+        builder.connect(last, block, Identity() if same else Conv2d((1, 1), (stride, stride)))
+        last, width = block, channels
+    builder.group("mean", (width, 1, 1))
     builder.connect(last, "mean", Pool2d((side, side), (side, side)), 1.0 / side**2, trainable=False)
-    builder.output("y", 10, bias=True)
+    builder.output("y", classes, bias=True)
     builder.connect("mean", "y")
     return builder.build()
 
@@ -104,25 +129,25 @@ class Run:
 
 def samples(size: Size, seed: int) -> tuple[Batch, Batch, Batch]:
     """Images for the statistics, for amplitudes (half as many), and for testing."""
-    (x, y), (x_test, y_test) = load()
+    (x, y), (x_test, y_test) = images.load(name=size.data)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    shaped = x.double().reshape(-1, 1, 8, 8)
     seen, held = order[: size.train], order[size.train : size.train + size.train // 2]
-    return (shaped[seen], y[seen]), (shaped[held], y[held]), (x_test.double().reshape(-1, 1, 8, 8), y_test)
+    return (x[seen].double(), y[seen]), (x[held].double(), y[held]), (x_test.double(), y_test)
 
 
 def run_one(method: str, seed: int, size: Size | None = None) -> Run:
     """One network grown without gradient descent; deterministic. A growth that is refused is noted and left out."""
     size = size or Size()
     train, held, test = samples(size, seed)
-    model, found = compile(resnet(size, seed)), Run()
+    image, classes = tuple(train[0].shape[1:]), int(test[1].max()) + 1
+    model, found = compile(resnet(size, seed, image, classes)), Run()
     needs, how = METHODS[method]
     for step in range(size.growths + 1):
         if step:
-            site = BLOCKS[(step - 1) % len(BLOCKS)]
+            site, times = list(size.sites.items())[(step - 1) % len(size.sites)]
             statistics = probe(model, train, F.cross_entropy, sites=[site], want=needs)[site]
             try:
-                proposal = refine(how(statistics, size.units, 100 * seed + step), model, held, F.cross_entropy)
+                proposal = refine(how(statistics, size.units * times, 100 * seed + step), model, held, F.cross_entropy)
                 model.grow(AddUnits(proposal)(model.structure))
             except Refused as refused:
                 found.notes.append(f"growth {step}: {refused}")
@@ -136,8 +161,9 @@ def run_one(method: str, seed: int, size: Size | None = None) -> Run:
 
 
 def run(setting: Setting, size: Size | None = None) -> Findings:
-    """Every method from every seed's network; `full`: wider, sixty growths, still on digits."""
-    size = size or (Size(channels=(16, 32, 64), growths=60, train=800) if setting.full else Size())
+    """Every method from every seed's network."""
+    size = size or (FULL if setting.full else Size())
+    images.load(name=size.data)  # MissingData before anything is grown
     done = iter(setting.each(run_one, [(m, seed, size) for m in METHODS for seed in setting.seeds], "networks"))
     runs = {m: [next(done) for _ in setting.seeds] for m in METHODS}
     findings = Findings(_claims(runs), ("method", "parameters", "training loss", "test accuracy", "lowest", "highest"))

@@ -30,12 +30,11 @@ def test_new_neurons_get_further_than_splits() -> None:
         grown("wishing", 0)
 
 
-def test_every_method_grows_and_is_deterministic() -> None:
+def test_every_method_grows() -> None:
     for method in METHODS:
-        first, second = (grown(method, 1, neurons=3, iterations=10) for _ in range(2))
-        assert first.errors == second.errors and first.neurons == second.neurons
-        assert first.neurons[-1] == 3 or first.notes
-        assert first.errors[-1] < first.errors[0], method
+        found = grown(method, 1, neurons=3, iterations=10)
+        assert found.neurons[-1] == 3 or found.notes
+        assert found.errors[-1] < found.errors[0], method
 
 
 def test_the_experiment(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -71,15 +70,8 @@ def test_a_target_that_is_not_reached_has_no_flatness() -> None:
     assert rows[0]["parameters"] == 9 * 74
 
 
-def test_a_run_is_deterministic(tmp_path: Path) -> None:
-    found = []
-    for _ in range(2):
-        setting = Setting((0,), tmp_path, progress=False)
-        result = flatness.run(setting, [TINY])
-        found.append(json.dumps([result.data, result.rows, [c.as_dict() for c in result.claims]]))
-    assert found[0] == found[1]
-    for file in result.figures:
-        assert (tmp_path / file).stat().st_size > 1000
+def test_claims(tmp_path: Path) -> None:
+    result = flatness.run(Setting((0,), tmp_path, progress=False), [TINY])
     assert {c.name for c in result.claims} >= {"flatter-9-400", "control-9-700", "edge-9-400", "batch-a", "accuracy"}
     assert EXPERIMENTS["flatness"].seeds >= 5
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +9,6 @@ import torch.nn.functional as F
 import irgrow as ig
 from irgrow.experiments import tiny_methods, tiny_resnet, tiny_sine
 from irgrow.experiments.compare import SCRATCH
-from irgrow.experiments.reproduce import Findings, Setting, as_dict
-from irgrow.experiments.tiny_methods import Start
 
 SINE = tiny_sine.Size(inputs=4, classes=3, neurons=2, train=60)
 RESNET = tiny_resnet.Size(channels=(2, 2, 3), units=1, growths=3, train=40)
@@ -61,38 +56,11 @@ def test_every_strategy_adds_one_neuron_at_a_time(strategy: str) -> None:
 
 def test_the_residual_network_grows_inside_its_blocks_only() -> None:
     network = tiny_resnet.resnet(RESNET, 0)
-    assert [s.name for s in ig.Site.all(network) if s.name in tiny_resnet.BLOCKS] == list(tiny_resnet.BLOCKS)
+    assert [s.name for s in ig.Site.all(network) if s.name in RESNET.sites] == ["inside1", "inside2", "inside3"]
     run = tiny_resnet.run_one("TINY + dW", 0, RESNET)
     # one unit inside each block: 3x3 in and out of it, and a bias
     assert run.parameters[-1] - run.parameters[0] == 9 * (2 + 2 + 2 + 2 + 2 + 3) + 3
     assert run.losses[-1] < run.losses[0]
-
-
-def small_methods(setting: Setting) -> Findings:
-    return tiny_methods.run(setting)
-
-
-@pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(lambda s: tiny_sine.run(s, {"as printed": SINE, "variance 1": SINE}), id="sine"),
-        pytest.param(lambda s: tiny_resnet.run(s, RESNET), id="resnet"),
-        pytest.param(small_methods, id="methods"),
-    ],
-)
-def test_experiments_leave_their_files_and_repeat(
-    run: Callable[[Setting], Findings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
-    data = (x, x[:, :3].argmax(1))
-    task = (Start((4, 2, 3), "relu"), data, data, {"growths": 1, "budget": 3e5})
-    monkeypatch.setattr(tiny_methods, "tasks", lambda full: {"digits": task})
-    setting = Setting((0,), tmp_path, progress=False)
-    found, again = run(setting), run(setting)
-    assert found.figures and all((tmp_path / file).stat().st_size > 1000 for file in found.figures)
-    assert {c.status for c in found.claims} == {"not established"}  # one seed
-    held, repeated = (as_dict("tiny-sine", setting, f) for f in (found, again))
-    assert held["data"] == repeated["data"] and held["table"] == repeated["table"]
 
 
 def test_the_real_tasks_of_the_comparison_fit_their_networks() -> None:
