@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 LINE = 16  # columns that are computed at once: a batch costs as much as one of whole lines, but for a single column
+NEAR = 250_000  # edges whose weights and their places fit the cache of a core
 
 
 class Size(NamedTuple):
@@ -28,7 +29,10 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Nanoseconds: for a call, per edge and entry (once, and per column of the batch), per value and column."""
+    """Nanoseconds: for a call, per edge and entry (once, and per column of the batch), per value and column.
+
+    `far_edge` comes on top for each edge beyond NEAR.
+    """
 
     call: float
     edge: float
@@ -36,18 +40,19 @@ class Cost:
     entry: float
     entry_column: float
     value_column: float
+    far_edge: float
 
 
 # (route, with the backward pass)
 COSTS = {
-    ("walk", False): Cost(19.5e3, 0.38, 0.03, 0, 0, 0.7),
-    ("walk", True): Cost(110e3, 2.35, 0.1, 0, 0, 1.8),
-    ("sparse", False): Cost(28.8e3, 0.365, 0.0315, 0, 0, 0.48),
-    ("sparse", True): Cost(138e3, 2.15, 0.105, 0, 0, 1.7),
-    ("dense", False): Cost(52e3, 0.7, 0, 0.3, 0.0135, 0.1),
-    ("dense", True): Cost(162e3, 2.0, 0, 0.6, 0.047, 0.4),
-    ("blocks", False): Cost(47e3, 0.4, 0, 0.47, 0.0235, 0.6),
-    ("blocks", True): Cost(130e3, 2.0, 0, 0.7, 0.065, 1.5),
+    ("walk", False): Cost(2.42e04, 0.423, 0.0178, 0, 0, 0.581, 0),
+    ("walk", True): Cost(1.25e05, 2.34, 0.0572, 0, 0, 2.05, 0.829),
+    ("sparse", False): Cost(4.5e04, 0.764, 0.0117, 0, 0, 0.379, 0),
+    ("sparse", True): Cost(1.65e05, 2.61, 0.0408, 0, 0, 1.24, 0),
+    ("dense", False): Cost(4.7e04, 0.793, 0, 0.605, 0.00958, 0.64, 0),
+    ("dense", True): Cost(1.54e05, 2.09, 0, 0.897, 0.0392, 2.64, 0),
+    ("blocks", False): Cost(8.78e04, 0.482, 0, 0, 0.0103, 1.2, 0),
+    ("blocks", True): Cost(2.52e05, 1.69, 0, 0, 0.0248, 3.09, 0),
 }
 
 
@@ -57,7 +62,7 @@ def features(route: str, size: Size) -> tuple[float, ...]:
     by_edge = size.edges * batch if route in ("walk", "sparse") else 0
     entries = {"dense": size.rows * size.columns, "blocks": size.entries}.get(route, 0)
     values = (size.rows + size.columns) * batch
-    return 1.0, size.edges, by_edge, entries, entries * batch, values
+    return 1.0, size.edges, by_edge, entries, entries * batch, values, max(0, size.edges - NEAR)
 
 
 def estimate(route: str, size: Size, *, training: bool) -> float:
