@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from irgrow.kernels import costs
 from irgrow.kernels import masked_matmul as module
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.masked_matmul import (
@@ -192,12 +193,16 @@ def test_no_rows_no_edges():
             assert torch.equal(y, normal(rows)[:, None].expand(-1, 6))
 
 
-def test_choose_is_monotone_and_explains_itself():
+def test_choose_is_monotone_and_explains_itself(monkeypatch):
     for training in (True, False):
         for batch in (1, 16, 256, 4096):
             routes = [choose(1000, 1000, e, batch, "cpu", training=training)[0] for e in range(0, 10**6, 10**4)]
             assert routes == sorted(routes, reverse=True)  # sparse first, then dense
     assert choose(1024, 1024, 52_000, 256, "cpu")[0] == "sparse"
+    price = {"sparse": costs.Cost(0, 0, 2.0, 0, 0, 0, 0), "dense": costs.Cost(0, 0, 0, 0, 1.0, 0, 0)}
+    monkeypatch.setattr(
+        costs, "COSTS", {(route, both): cost for route, cost in price.items() for both in (True, False)}
+    )
     route, reason = choose(1024, 1024, 700_000, 256, torch.device("cpu"))
     assert route == "dense" and "66.8 % of 1024x1024 at batch 256: sparse about " in reason
     assert choose(100, 100, 100, 8, "cuda")[0] == "sparse" and choose(100, 100, 5000, 8, "cuda")[0] == "dense"
