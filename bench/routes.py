@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -211,7 +211,7 @@ def main() -> None:
     table = fitted(all_times)
     print("COSTS = {")
     for (route, training), cost in table.items():
-        numbers = ", ".join(f"{getattr(cost, f.name):.3g}" for f in fields(cost))
+        numbers = ", ".join(f"{number:.3g}" for number in cost)
         print(f'    ("{route}", {training}): Cost({numbers}),')
     print("}")
     costs.COSTS.update(table)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 LINE = 16  # columns that are computed at once: a batch costs as much as one of whole lines, but for a single column
@@ -27,8 +26,7 @@ class Size(NamedTuple):
     entries: int = 0
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Nanoseconds: for a call, per edge and entry (once, and per column of the batch), per value and column.
 
     `far_edge` comes on top for each edge beyond NEAR.
@@ -67,4 +65,4 @@ def features(route: str, size: Size) -> tuple[float, ...]:
 
 def estimate(route: str, size: Size, *, training: bool) -> float:
     """Nanoseconds by this route, with the backward pass if `training`."""
-    return sum(c * f for c, f in zip(astuple(COSTS[route, training]), features(route, size), strict=True))
+    return sum(c * f for c, f in zip(COSTS[route, training], features(route, size), strict=True))

@@ -67,6 +67,14 @@ class Mask:
         found: tuple[Tensor, Tensor | None] = self._made[device]
         return found
 
+    def route(self, batch: int, device: torch.device, training: bool) -> str:
+        """What `choose` says, remembered."""
+        key = batch, device, training
+        if key not in self._made:
+            self._made[key] = choose(self.rows, self.columns, self.edges, batch, device, training=training)[0]
+        found: str = self._made[key]
+        return found
+
     def panels(self, transposed: bool) -> Panels:
         """The edges of the matrix, or of its transpose, in the order in which the CPU walks them."""
         if transposed not in self._made:
@@ -129,9 +137,9 @@ def masked_matmul(
     RuntimeError if the sparse route is asked for by name where it cannot run (not on a CPU, or without numba).
     """
     _check(mask, x, values, bias, activation, route)
+    training = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
     if route == "auto":
-        training = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
-        route, _ = choose(mask.rows, mask.columns, mask.edges, x.shape[1], x.device, training=training)
+        route = mask.route(x.shape[1], x.device, training)
     if route == "sparse" and gpu.runs_triton(x.device, x.dtype):
         if _differentiated_otherwise():
             return masked_matmul_reference(mask, x, values, bias, activation=activation)
@@ -146,7 +154,10 @@ def masked_matmul(
             )
         if x.dtype not in COMPILED or _differentiated_otherwise() or not {type(t) for t in (x, values, bias)} <= _PLAIN:
             return masked_matmul_reference(mask, x, values, bias, activation=activation)
-        return _Sparse.apply(mask, x, values, bias, activation)
+        if training or (bias is not None and bias.requires_grad):
+            return _Sparse.apply(mask, x, values, bias, activation)
+        code = ACTIVATIONS[activation].code
+        return masked_matmul_cpu.forward(mask.panels(False), mask.rows, x, values, bias, code, None, mask.spare)
     if _differentiated_otherwise() or x.device.type != "cpu" or x.dtype != torch.float32:
         return masked_matmul_reference(mask, x, values, bias, activation=activation)
     z = _MaskedDense.apply(mask, x, values)
