@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irgrow.kernels.shared import Operands, in_phases, put_back, run, spare, together
+from irgrow.kernels.shared import Operands, in_phases, put_back, run, spare, together, work_on
 from irgrow.kernels.walk_plan import Rows, WalkPlan
 
 _LINE_BYTES = 64  # lanes.py
 _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
 _WORK_PER_THREAD = 2_000_000  # multiply-adds; with less, a thread that must be woken costs more than it saves
 _EDGES_PER_LEVEL = 4096  # with fewer, threads that share a level meet too often
+_COPY = 4  # a number copied takes as long as so many multiply-adds
 _TILE_BYTES = 256  # of each row in a tile: the fewest with which a line of sums is held four times in registers
 Parts = tuple[Tensor, ...]
 
@@ -141,7 +142,8 @@ def _vector(parts: Parts, spot: int, like: Tensor) -> tuple[int, Parts]:
     for part in whole:
         table.append(part.data_ptr())
         table.append(part.numel())
-    run(kernels().put_together, like.dtype, spot, table.buffer_info()[0], len(whole))
+    numbers = spot, table.buffer_info()[0], len(whole)
+    work_on(kernels().put_together, like.dtype, numbers, len(whole), _COPY * sum(sizes(whole)))
     return spot, whole
 
 

@@ -29,7 +29,7 @@ from irgrow.kernels.activations_numba import (
     store_slopes,
 )
 from irgrow.kernels.edges_numba import gather, gather_one, pull, pull_one, turn
-from irgrow.kernels.entry import Entry, entry, fingerprint, next_piece, phase_done, piece_done, piece_of, words
+from irgrow.kernels.entry import Entry, entry, fingerprint, next_of, next_piece, phase_done, piece_done, piece_of, words
 from irgrow.kernels.lanes import (
     add,
     constant,
@@ -466,19 +466,23 @@ def backward(sources, zero):
 
 @Entry
 def put_together(sources, zero):
-    """The memory at `target` becomes the vectors whose (address, length) stand in a table, one after the other."""
+    """The vectors whose (address, length) stand in a table are copied to `target`, one after the other: a job."""
 
     @entry
     def put_together(at):
         if sources:
-            target, table, parts = words(at, 3)
+            job = words(at, 1)[0]
+            _counter, target, table, parts = words(job, 4)
             out, entries = pointer(target, zero), pointer(table, int64(0))
-            place = 0
-            for k in range(parts):
-                part, length = pointer(entries[2 * k], zero), entries[2 * k + 1]
-                for i in range(length):
+            k = next_of(job)
+            while k < parts:
+                place = 0
+                for before in range(k):
+                    place += entries[2 * before + 1]
+                part = pointer(entries[2 * k], zero)
+                for i in range(entries[2 * k + 1]):
                     out[place + i] = part[i]
-                place += length
+                k = next_of(job)
 
     return put_together
 
