@@ -19,23 +19,30 @@ float64. On Triton the products of all shifts, or of all taps, are one launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from irgrow.kernels import gpu
 from irgrow.kernels.outer import Product, accumulate, accumulate_gram, add_products, adding, mirror
+from irgrow.kernels.patch_grid import (
+    PIXELS,
+    Axis,
+    Grid,
+    Moves,
+    Pair,
+    cross_sums,
+    every_tap,
+    fill,
+    moves_planes,
+    phase_of,
+    phases_of,
+    pixels_at_once,
+    precision,
+)
 
-Pair = tuple[int, int]
-PIXELS = 8192  # per float32 product
-PIXELS_TRITON = 2**18  # per launch, which adds in float64 by itself: enough to keep a GPU busy, 64 MB of 64 channels
 # What things cost on one core, in nanoseconds; only the ratios matter.
 _PER_MULTIPLY, _PER_NUMBER, _PER_CALL = 0.012, 5.0, 30_000.0
 _Shift = tuple[Pair, Pair, Pair]  # phase of the left pixel, phase of the right one, distance between them
@@ -84,10 +91,9 @@ class Window:
             raise ValueError(f"patches: {self} does not fit an image of {x.shape[2]}x{x.shape[3]}")
         return axes[0].outputs, axes[1].outputs
 
-    def axes(self, x: Tensor) -> tuple[_Axis, _Axis]:
+    def axes(self, x: Tensor) -> tuple[Axis, Axis]:
         rows, columns = (
-            _Axis(int(x.shape[2 + a]), self.kernel[a], self.stride[a], self.padding[a], self.dilation[a])
-            for a in (0, 1)
+            Axis(int(x.shape[2 + a]), self.kernel[a], self.stride[a], self.padding[a], self.dilation[a]) for a in (0, 1)
         )
         return rows, columns
 
@@ -183,9 +189,9 @@ def patch_cross(
     off by 4e-7). Raises ValueError for shapes that do not belong together.
     """
     window = Window.of(kernel, stride=stride, padding=padding, dilation=dilation)
-    _check_positions(x, window, y, Window((1, 1)))
+    check_positions(x, window, y, Window((1, 1)))
     x, y = x.detach(), y.detach()
-    sums = _cross_sums(x, y, _single(*window.axes(x)))
+    sums = cross_sums(x, y, every_tap(*window.axes(x)))
     result = sums.permute(2, 0, 1).reshape(x.shape[1] * window.taps, y.shape[1])
     return torch.cat([result, y.sum((0, 2, 3), dtype=torch.float64)[None]]) if ones else result
 
@@ -198,7 +204,7 @@ def patch_patch_cross(
 
     Both windows must have the same output positions. Unfolds a few samples at a time.
     """
-    _check_positions(x, window_x, y, window_y)
+    check_positions(x, window_x, y, window_y)
     step = _unfolded_images(x, window_x)
     shape = x.shape[1] * window_x.taps + ones, y.shape[1] * window_y.taps + ones_right
     out = torch.zeros(shape, dtype=torch.float64, device=x.device)
@@ -231,7 +237,7 @@ class PatchGram:
     def add(self, x: Tensor) -> None:
         """These samples are in the sum. x [B, C, H, W], of the same image shape every time."""
         self.window.output(x)
-        x, dtype = x.detach(), _precision(x)
+        x, dtype = x.detach(), precision(x)
         if self._plan is None:
             self._plan = _plan(*self.window.axes(x))
             if self.route == "auto":
@@ -289,67 +295,12 @@ def cross_cost(
 ) -> tuple[int, int]:
     """(flops, bytes) of `patch_cross`: one product per tap."""
     batch, channels, height, width = x_shape
-    grid = _Grid.for_cross(*window.axes(torch.empty(0, channels, height, width)))
+    grid = Grid.for_cross(*window.axes(torch.empty(0, channels, height, width)))
     pixels = batch * grid.size[0] * grid.size[1] * window.taps
     return 2 * channels * outputs * pixels, itemsize * (channels + outputs) * pixels
 
 
-# --- geometry: one axis at a time -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tap:
-    """Output m reads pixel (m + offset) * stride + phase."""
-
-    phase: int
-    offset: int
-
-
-class _Reading(Protocol):
-    """What outputs read along an axis."""
-
-    @property
-    def stride(self) -> int: ...
-    @property
-    def outputs(self) -> int: ...
-    @property
-    def taps(self) -> tuple[_Tap, ...]: ...
-    @property
-    def longest(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class _Axis:
-    length: int
-    kernel: int
-    stride: int
-    padding: int
-    dilation: int
-
-    @property
-    def outputs(self) -> int:
-        return (self.length + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
-
-    @cached_property
-    def taps(self) -> tuple[_Tap, ...]:
-        starts = (i * self.dilation - self.padding for i in range(self.kernel))
-        return tuple(_Tap(start % self.stride, start // self.stride) for start in starts)
-
-    def pixels(self, phase: int) -> int:
-        """How many pixels of the axis have this phase."""
-        return len(range(phase, self.length, self.stride))
-
-    @property
-    def longest(self) -> int:
-        """Pixels of the phase that has most, at least 1."""
-        return max(1, *(self.pixels(tap.phase) for tap in self.taps))
-
-    def between(self, left: _Tap, right: _Tap) -> tuple[int, tuple[int, ...]]:
-        """The shift between two taps, and the pixels where both images have one but no output reads the pair."""
-        shift = right.offset - left.offset
-        first, last = max(0, -shift), min(self.pixels(left.phase), self.pixels(right.phase) - shift)
-        read = range(left.offset, left.offset + self.outputs)
-        return shift, tuple(m for m in range(first, last) if m not in read)
+# --- the terms of a Gram matrix -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -375,20 +326,20 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Plan:
-    rows: _Axis
-    columns: _Axis
+    rows: Axis
+    columns: Axis
     terms: tuple[_Term, ...]
     blocks: tuple[_Block, ...]
 
     @cached_property
-    def grid(self) -> _Grid:
+    def grid(self) -> Grid:
         reach = [max(abs(t.shift[a]) for t in self.terms) for a in (0, 1)]
         height, width = (axis.longest + reach[a] for a, axis in enumerate((self.rows, self.columns)))
-        return _Grid(height, width, *reach)
+        return Grid(height, width, *reach)
 
     @cached_property
     def phases(self) -> list[Pair]:
-        return _phases(self.rows, self.columns)
+        return phases_of(self.rows, self.columns)
 
     @cached_property
     def whole(self) -> list[tuple[int, _Term]]:
@@ -401,10 +352,10 @@ class _Plan:
         return [(at, term) for at, term in enumerate(self.terms) if term.row is not None or term.column is not None]
 
     @cached_property
-    def moves(self) -> _Moves:
+    def moves(self) -> Moves:
         number = {phase: n for n, phase in enumerate(self.phases)}
         moves = [(at, number[t.left], number[t.right], t.shift) for at, t in self.whole]
-        return _Moves.of(self.grid, [(*move, move[1] == move[2] and move[3] == (0, 0)) for move in moves])
+        return Moves.of(self.grid, [(*move, move[1] == move[2] and move[3] == (0, 0)) for move in moves])
 
     @cached_property
     def pixels(self) -> int:
@@ -425,7 +376,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(rows: _Axis, columns: _Axis) -> _Plan:
+def _plan(rows: Axis, columns: Axis) -> _Plan:
     index: dict[_Term, int] = {}
     blocks = []
     taps = [(i, j) for i in range(rows.kernel) for j in range(columns.kernel)]
@@ -452,227 +403,23 @@ def _plan(rows: _Axis, columns: _Axis) -> _Plan:
     return _Plan(rows, columns, tuple(index), tuple(blocks))
 
 
-# --- images on a grid -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Rows of `size[1]` pixels with room for zeros, `size[0]` of them per image; shifts reach `dy`, `dx` far."""
-
-    height: int
-    width: int
-    dy: int
-    dx: int
-
-    @classmethod
-    def for_cross(cls, rows: _Reading, columns: _Reading) -> _Grid:
-        """A grid on which output positions stand, shifted by every tap's offset."""
-        size, reach = [], []
-        for axis in (rows, columns):
-            low, high = min(tap.offset for tap in axis.taps), max(tap.offset for tap in axis.taps)
-            size.append(max(axis.longest + max(0, -low), axis.outputs + max(0, high)))
-            reach.append(max(abs(low), abs(high)))
-        return cls(size[0], size[1], reach[0], reach[1])
-
-    @property
-    def size(self) -> Pair:
-        return self.height, self.width
-
-    def images(self, pixels: int) -> int:
-        """How many images make about so many pixels."""
-        return max(1, pixels // (self.height * self.width))
-
-    def planes(self, number: int, images: int, channels: int, device: torch.device, dtype: torch.dtype) -> list[_Plane]:
-        """So many planes, with room for so many images each."""
-        margin, count = self.dy * self.width + self.dx, images * self.height * self.width
-        every = torch.empty(number, 2 * margin + count, channels, dtype=dtype, device=device)
-        every[:, :margin] = 0.0
-        every[:, margin + count :] = 0.0
-        return [_Plane(self, margin, flat) for flat in every]
-
-
-@dataclass(frozen=True, eq=False)
-class _Plane:
-    """Images of one phase, pixel after pixel with the channels together, zeros before, between and after."""
-
-    grid: _Grid
-    margin: int
-    flat: Tensor  # [margin + images * height * width + margin, C]
-
-    def pixels(self, shift: Pair, count: int) -> Tensor:
-        """[count, C]: at index p the pixel at p + shift."""
-        start = self.margin + shift[0] * self.grid.width + shift[1]
-        return self.flat[start : start + count]
-
-
-def _fill(planes: Sequence[_Plane], images: Sequence[Tensor]) -> None:
-    """Each plane holds images [B, C, h, w], as many as there is room for or fewer; what shifts may meet is zero."""
-    grid, margin, first = planes[0].grid, planes[0].margin, planes[0].flat
-    height, width = grid.size
-    end = margin + images[0].shape[0] * height * width
-    if gpu.runs_triton(first.device, first.dtype) or (engine := adding(first.device, first.dtype)) is None:
-        for plane, x in zip(planes, images, strict=True):
-            inside = plane.flat[margin:end].view(-1, height, width, first.shape[1])
-            inside.zero_()
-            inside[:, : x.shape[2], : x.shape[3]] = x.permute(0, 2, 3, 1)
-    else:
-        engine.fill_grids([plane.flat for plane in planes], [x.to(first.dtype) for x in images], margin, height, width)
-    if end + margin < first.shape[0]:  # the last batch is smaller
-        for plane in planes:
-            plane.flat[end : end + margin] = 0.0
-
-
-def _phases(rows: _Reading, columns: _Reading) -> list[Pair]:
-    return sorted({(row.phase, column.phase) for row in rows.taps for column in columns.taps})
-
-
-def _phase(x: Tensor, phase: Pair, rows: _Reading, columns: _Reading) -> Tensor:
-    return x[:, :, phase[0] :: rows.stride, phase[1] :: columns.stride]
-
-
 # --- multiplying ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Moves:
-    """Products of planes: sums[at] += left(p) right(p + shift)^T over pixels p, of planes known by their numbers."""
-
-    at: NDArray[np.int64]
-    left: NDArray[np.int64]
-    right: NDArray[np.int64]
-    shift: tuple[Pair, ...]
-    offset: NDArray[np.int64]  # shifts in pixels of the grid
-    symmetric: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, grid: _Grid, moves: Iterable[tuple[int, int, int, Pair, bool]]) -> _Moves:
-        at, left, right, shift, symmetric = zip(*moves, strict=True)
-        offset = [dy * grid.width + dx for dy, dx in shift]
-        a, b, c, d, e = (np.array(column, dtype=np.int64) for column in (at, left, right, offset, symmetric))
-        return cls(a, b, c, shift, d, e)
-
-    def add(self, sums: Tensor, lefts: Sequence[_Plane], rights: Sequence[_Plane], images: int) -> None:
-        """Adds all products to their sums in one call; of symmetric ones only what is not below the diagonal."""
-        grid, flat, margin = lefts[0].grid, lefts[0].flat, lefts[0].margin
-        count, engine = images * grid.size[0] * grid.size[1], adding(flat.device, flat.dtype)
-        if gpu.runs_triton(flat.device, flat.dtype):
-            numbers = zip(self.at, self.left, self.right, self.shift, self.symmetric, strict=True)
-            engine.add(
-                [
-                    Product(sums[a], lefts[i].pixels((0, 0), count), rights[j].pixels(shift, count), bool(symmetric))
-                    for a, i, j, shift, symmetric in numbers
-                ]
-            )
-            return
-        # Four dozen products of a few thousand pixels: describing tensors one by one would take as long as they do.
-        size, (_, p, q), (out_step, pitch, _) = flat.element_size(), sums.shape, sums.stride()
-        table = np.empty((len(self.at), 11), dtype=np.int64)
-        table[:] = 0, pitch, 0, 1, p, 0, q, count, p, q, 0
-        table[:, 0] = sums.data_ptr() + 8 * out_step * self.at
-        table[:, 2] = np.array([plane.flat.data_ptr() for plane in lefts])[self.left] + margin * p * size
-        starts = np.array([plane.flat.data_ptr() for plane in rights])[self.right]
-        table[:, 5] = starts + (margin + self.offset) * q * size
-        table[:, 10] = self.symmetric
-        engine.add_table(table, flat.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class _Reads:
-    """Sums over outputs of y times the pixel that they read by a tap of each axis, without some rows and columns."""
-
-    rows: _Reading
-    columns: _Reading
-    wanted: tuple[tuple[_Tap, _Tap, tuple[tuple[int, ...], tuple[int, ...]]], ...]  # taps, rows and columns left out
-
-    @cached_property
-    def grid(self) -> _Grid:
-        return _Grid.for_cross(self.rows, self.columns)
-
-    @cached_property
-    def phases(self) -> list[Pair]:
-        return _phases(self.rows, self.columns)
-
-    @cached_property
-    def missing(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """What different sums leave out: y is laid out once for each."""
-        return list(dict.fromkeys(missed for *_, missed in self.wanted))
-
-    @cached_property
-    def moves(self) -> tuple[_Moves, _Moves]:
-        """With y left, with x left."""
-        phases, missing = ({key: n for n, key in enumerate(keys)} for keys in (self.phases, self.missing))
-        found = [
-            (at, missing[missed], phases[row.phase, column.phase], (row.offset, column.offset))
-            for at, (row, column, missed) in enumerate(self.wanted)
-        ]
-        turned = [(at, x, y, (-dy, -dx), False) for at, y, x, (dy, dx) in found]
-        return _Moves.of(self.grid, [(*move, False) for move in found]), _Moves.of(self.grid, turned)
-
-
-@lru_cache(maxsize=64)
-def _single(rows: _Axis, columns: _Axis) -> _Reads:
-    """One window: a sum for every pair of taps."""
-    every: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-    return _Reads(rows, columns, tuple((row, column, every) for row in rows.taps for column in columns.taps))
-
-
-def _cross_sums(x: Tensor, y: Tensor, reads: _Reads) -> Tensor:
-    """[len(reads.wanted), Q, C], float64."""
-    dtype, (batch, channels), outputs = _precision(x, y), x.shape[:2], y.shape[1]
-    rows, columns, grid = reads.rows, reads.columns, reads.grid
-    total = torch.zeros(len(reads.wanted), outputs, channels, dtype=torch.float64, device=x.device)
-    tiles = _moves_planes(total, dtype)
-    # What stands right is read in whole lines by the compiled tiles: the wider one.
-    wide = tiles and outputs > channels and not gpu.runs_triton(x.device, dtype)
-    total = total.new_zeros(len(reads.wanted), channels, outputs) if wide else total
-    step = min(grid.images(_pixels(x.device, dtype)), max(1, batch))
-    planes = grid.planes(len(reads.phases), step, channels, x.device, dtype)
-    landings = grid.planes(len(reads.missing), step, outputs, x.device, dtype) if tiles else []
-    place = torch.zeros(0 if tiles else outputs, step, *grid.size, dtype=dtype, device=x.device)
-    for a in range(0, batch, step):
-        part = slice(a, min(a + step, batch))
-        count = part.stop - a
-        _fill(planes, [_phase(x[part], phase, rows, columns) for phase in reads.phases])
-        if tiles:
-            _fill(landings, [_without(y[part], missed) for missed in reads.missing])
-            reads.moves[wide].add(total, *((planes, landings) if wide else (landings, planes)), count)
-            continue
-        lefts: dict[object, Tensor] = {}
-        by_phase = dict(zip(reads.phases, planes, strict=True))
-        for at, (row, column, missed) in enumerate(reads.wanted):
-            if missed not in lefts:
-                place[:, :count, : rows.outputs, : columns.outputs] = _without(y[part], missed).transpose(0, 1)
-                lefts[missed] = place[:, :count].reshape(outputs, -1).clone()
-            left = lefts[missed]
-            right = by_phase[row.phase, column.phase].pixels((row.offset, column.offset), left.shape[1])
-            add_products(total[at], left, right.T)
-    return total.mT if wide else total
-
-
-def _without(y: Tensor, missed: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
-    """y [B, Q, Ho, Wo] with zeros in these rows and columns."""
-    if not any(missed):
-        return y
-    y = y.clone()
-    y[:, :, list(missed[0])] = 0.0
-    y[:, :, :, list(missed[1])] = 0.0
-    return y
 
 
 def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> None:
     """Every term of the plan grows by its product over the images x."""
     grid, channels, phases = plan.grid, x.shape[1], plan.phases
-    pixels = _pixels(x.device, dtype)
+    pixels = pixels_at_once(x.device, dtype)
     step = min(grid.images(pixels), len(x))
     planes = grid.planes(len(phases), step, channels, x.device, dtype)
     by_phase = dict(zip(phases, planes, strict=True))
     # The same pixels with each channel's together: what stands left in a product.
-    tiles = _moves_planes(sums, dtype)
+    tiles = moves_planes(sums, dtype)
     places = {} if tiles else {p: torch.zeros(channels, step, *grid.size, dtype=dtype, device=x.device) for p in phases}
     for a in range(0, len(x), step):
         part = x[a : a + step]
-        images = [_phase(part, phase, plan.rows, plan.columns) for phase in phases]
-        _fill(planes, images)
+        images = [phase_of(part, phase, plan.rows, plan.columns) for phase in phases]
+        fill(planes, images)
         if tiles:
             plan.moves.add(sums, planes, planes, len(part))
             continue
@@ -687,15 +434,6 @@ def _add_shifts(sums: Tensor, plan: _Plan, x: Tensor, dtype: torch.dtype) -> Non
         for part in x.split(max(1, pixels // max(grid.size))):
             strips = _Strips(plan, part.to(dtype))
             _add_pairs([(sums[at], *strips.pair(term)) for at, term in plan.border], dtype)
-
-
-def _moves_planes(sums: Tensor, dtype: torch.dtype) -> bool:
-    """Whether products into `sums` are taken from planes alone, by `_Moves`."""
-    return adding(sums.device, dtype) is not None
-
-
-def _pixels(device: torch.device, dtype: torch.dtype) -> int:
-    return PIXELS_TRITON if gpu.runs_triton(device, dtype) else PIXELS
 
 
 def _add_pairs(pairs: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> None:
@@ -737,7 +475,7 @@ class _Strips:
         return self.cache[key]
 
     def _strip(self, phase: Pair, row: int | None, column: int | None) -> Tensor:
-        image = _phase(self.x, phase, self.plan.rows, self.plan.columns).transpose(0, 1)
+        image = phase_of(self.x, phase, self.plan.rows, self.plan.columns).transpose(0, 1)
         if row is not None and column is not None:
             return image[:, :, row, column]
         line = image[:, :, row] if row is not None else image[:, :, :, column]
@@ -767,11 +505,7 @@ def _unfolded_images(x: Tensor, window: Window) -> int:
     return max(1, 2**20 // max(1, height * width * x.shape[1] * window.taps))
 
 
-def _precision(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _check_positions(x: Tensor, window_x: Window, y: Tensor, window_y: Window) -> None:
+def check_positions(x: Tensor, window_x: Window, y: Tensor, window_y: Window) -> None:
     found, expected = window_y.output(y), window_x.output(x)
     if found != expected or len(x) != len(y):
         raise ValueError(

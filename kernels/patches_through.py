@@ -14,7 +14,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from irgrow.kernels.patches import Window, _Axis, _check_positions, _cross_sums, _Reads, _Tap
+from irgrow.kernels.patch_grid import Axis, Reads, Tap, cross_sums
+from irgrow.kernels.patches import Window, check_positions
 
 
 def through_cross_reference(x: Tensor, inner: Window, y: Tensor, outer: Window, *, tap: int | None = None) -> Tensor:
@@ -37,10 +38,10 @@ def through_cross(x: Tensor, inner: Window, y: Tensor, outer: Window, *, tap: in
     Raises ValueError for shapes that do not belong together.
     """
     hidden = x.new_empty(1, 1, 1, 1).expand(len(x), 1, *inner.output(x))
-    _check_positions(hidden, outer, y, Window((1, 1)))
+    check_positions(hidden, outer, y, Window((1, 1)))
     x, y = x.detach(), y.detach()
     plan = _plan(inner.axes(x), outer.axes(hidden), tap)
-    sums = _cross_sums(x, y, plan.reads)  # [reads, O, C]
+    sums = cross_sums(x, y, plan.reads)  # [reads, O, C]
     channels, outputs = x.shape[1], y.shape[1]
     # Inner and outer taps side by side, as the columns of b and of g stand.
     by_tap = sums[plan.index.to(sums.device)].unflatten(0, (inner.taps, -1))  # [inner taps, taps, O, C]
@@ -69,16 +70,16 @@ def through_cost(
 class _Read:
     """Which pixel an output reads, and the outputs that do not, although there is one."""
 
-    tap: _Tap
+    tap: Tap
     missed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Chain:
-    """One axis of two windows in a row: as `_Axis`, with a tap for every two taps."""
+    """One axis of two windows in a row: as `Axis`, with a tap for every two taps."""
 
-    inner: _Axis
-    outer: _Axis
+    inner: Axis
+    outer: Axis
 
     @property
     def stride(self) -> int:
@@ -108,11 +109,11 @@ class _Chain:
                 start = hidden * self.inner.stride + i * self.inner.dilation - self.inner.padding
                 pixels = {r: r * self.stride + start for r in range(self.outputs) if not first <= r < last}
                 missed = tuple(r for r, pixel in pixels.items() if 0 <= pixel < self.inner.length)
-                found[i, j] = _Read(_Tap(start % self.stride, start // self.stride), missed)
+                found[i, j] = _Read(Tap(start % self.stride, start // self.stride), missed)
         return found
 
     @property
-    def taps(self) -> tuple[_Tap, ...]:
+    def taps(self) -> tuple[Tap, ...]:
         return tuple(dict.fromkeys(read.tap for read in self.reads.values()))
 
     @property
@@ -125,13 +126,13 @@ class _Chain:
 class _Plan:
     """The products that are needed, which of them each pair of taps takes, and what each outer tap reads inside."""
 
-    reads: _Reads
+    reads: Reads
     index: Tensor  # [inner taps * outer taps]
     inside: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
 
 
 @lru_cache(maxsize=64)
-def _plan(inner: tuple[_Axis, _Axis], outer: tuple[_Axis, _Axis], tap: int | None) -> _Plan:
+def _plan(inner: tuple[Axis, Axis], outer: tuple[Axis, Axis], tap: int | None) -> _Plan:
     rows, columns = (_Chain(a, b) for a, b in zip(inner, outer, strict=True))
     kernel = rows.outer.kernel, columns.outer.kernel
     taps = [divmod(t, kernel[1]) for t in (range(kernel[0] * kernel[1]) if tap is None else (tap,))]
@@ -144,4 +145,4 @@ def _plan(inner: tuple[_Axis, _Axis], outer: tuple[_Axis, _Axis], tap: int | Non
     ]
     reads = tuple((row.tap, column.tap, (row.missed, column.missed)) for row, column in found)
     inside = tuple((rows.inside[a], columns.inside[b]) for a, b in taps)
-    return _Plan(_Reads(rows, columns, reads), torch.tensor(index), inside)
+    return _Plan(Reads(rows, columns, reads), torch.tensor(index), inside)

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from irgrow.kernels import patches
+from irgrow.kernels import patch_grid
 from irgrow.kernels.patches import (
     PatchGram,
     Window,
@@ -71,7 +71,7 @@ def test_any_window(window, size, batch, channels, ones, pixels):
     y = image(batch, 3, *window.output(x), seed=1)
     expected = patch_gram_reference(x, window.kernel, **options(window, ones))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "PIXELS", pixels)
+        patch.setattr(patch_grid, "PIXELS", pixels)
         for route in ("shift", "unfold", "auto"):
             found = patch_gram(x, window.kernel, route=route, **options(window, ones))
             assert relative(found, expected) < TOLERANCE[torch.float64]

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from irgrow.kernels import outer, patches
+from irgrow.kernels import outer, patch_grid
 from irgrow.kernels.patches import Window
 from irgrow.kernels.patches_through import through_cost, through_cross, through_cross_reference
 
@@ -48,7 +48,7 @@ def test_batches_in_parts_and_without_the_compiled_tiles(stride, monkeypatch):
     size = outputs(middle, outputs(inner, (12, 12)))
     x, y = image(7, 5, 12, 12), image(7, 4, *size, seed=1)
     expected = through_cross_reference(x, inner, y, middle)
-    monkeypatch.setattr(patches, "PIXELS", 2 * 15 * 15)
+    monkeypatch.setattr(patch_grid, "PIXELS", 2 * 15 * 15)
     for _ in range(2):
         found = through_cross(x, inner, y, middle)
         assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
@@ -61,7 +61,7 @@ def test_outputs_outside_the_hidden_image_are_left_out(monkeypatch):
     window = Window((3, 3), padding=(1, 1))
     x, y = image(2, 2, 6, 6), image(2, 3, 6, 6, seed=1)
     expected = through_cross_reference(x, window, y, window)
-    monkeypatch.setattr(patches, "_without", lambda y, missed: y)
+    monkeypatch.setattr(patch_grid, "_without", lambda y, missed: y)
     assert (through_cross(x, window, y, window) - expected).abs().max() > 0.1
 
 
