@@ -28,9 +28,10 @@ def lines(
 ) -> None:
     """`path` is a picture: in each panel (title, curves) the median over seeds, and a band around its middle half.
 
-    A curve that lies on an earlier one is dashed.
+    A curve that lies on an earlier one is dashed. A name has one colour in all panels, if there are enough.
     """
     figure, axes = panel_row(len(panels))
+    names = list(dict.fromkeys(name for _, curves in panels for name in curves))
     for ax, (title, curves) in zip(axes, panels, strict=True):
         drawn: list[np.ndarray[Any, Any]] = []
         whole = True
@@ -38,7 +39,7 @@ def lines(
             values = np.asarray(runs, float)
             middle = np.nanmedian(values, 0)
             hidden = any(other.shape == middle.shape and np.allclose(other, middle, rtol=1e-3) for other in drawn)
-            color = COLORS[number % len(COLORS)]
+            color = COLORS[(names.index(name) if len(names) <= len(COLORS) else number) % len(COLORS)]
             ax.plot(at, middle, "--" if hidden else "-", color=color, label=name, linewidth=1.6)
             drawn.append(middle)
             whole = whole and all(float(v).is_integer() for v in at)
