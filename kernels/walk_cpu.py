@@ -20,7 +20,7 @@ from irgrow.kernels.walk_plan import Rows, WalkPlan
 
 _LINE_BYTES = 64  # lanes.py
 _PANEL_BYTES = 1024  # of each row walked at a time: with more, values leave the cache before they are used again
-_WORK_PER_THREAD = 2_000_000  # multiply-adds; with less, a thread that must be woken costs more than it saves
+_WORK_PER_THREAD = 1_000_000  # multiply-adds; with less, a thread that must be woken costs more than it saves
 _EDGES_PER_LEVEL = 4096  # with fewer, threads that share a level meet too often
 _COPY = 4  # a number copied takes as long as so many multiply-adds
 _TILE_BYTES = 256  # of each row in a tile: the fewest with which a line of sums is held four times in registers
