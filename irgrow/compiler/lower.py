@@ -371,7 +371,7 @@ def _edges(network: Network, bundles: Sequence[Bundle], row_of: dict[str, NDArra
         outside = np.flatnonzero(marks if inner is None else marks & (inner < 0))
         place = np.full(neurons, -1, np.int32)
         if outside.size:
-            if inner is None and 2 * outside.size >= neurons:
+            if inner is None and 2 * outside.size >= neurons and places.complete(name):
                 outside = np.arange(neurons)  # most are read: take the group as it lies
             out.fetches.append(places.fetch(name, None if outside.size == neurons else outside))
             place[outside] = np.arange(out.inputs, out.inputs + outside.size)

@@ -123,6 +123,10 @@ class Places:
         self._slot[group][where] = slot
         self._at[group][where] = np.arange(neurons) if at is None else at
 
+    def complete(self, group: str) -> bool:
+        """Whether all neurons of the group can be read by now."""
+        return group in self._whole or (group in self._slot and bool((self._slot[group] >= 0).all()))
+
     def fetch(self, group: str, local: NDArray[np.integer] | None = None) -> Fetch:
         """How to read neurons of a group (None: all)."""
         shape = self._network.groups[group].shape if local is None else None

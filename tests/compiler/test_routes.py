@@ -205,3 +205,23 @@ def test_what_is_no_block_structure() -> None:
 def test_plain_torch_takes_a_matrix_only_where_it_is_dense() -> None:
     assert "sparse matrix" not in lower(level("random"), backend="torch").explain()
     assert schedule.CROSSOVER == 0.4
+
+
+def test_a_walk_reads_a_group_that_is_not_complete_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop of groups: m[0] reads h[1], half of h, before h[0] can be computed from m."""
+    monkeypatch.setattr("irgrow.compiler.schedule.SMALLEST_MATRIX", 1)
+    monkeypatch.setattr("irgrow.compiler.schedule.CROSSOVER", 0.0)
+    builder = ig.Builder(seed=0, dtype=torch.float64)
+    builder.input("x", 3)
+    builder.group("h", 2, activation="sigmoid")
+    builder.group("m", 2, aggregation="max", bias=True)
+    builder.output("y", 2)
+    builder.connect("x", "h", ig.Sparse(np.array([0, 1, 2, 0]), np.array([0, 0, 1, 1])))
+    builder.connect("h", "m", ig.Sparse(np.array([1]), np.array([0])))
+    builder.connect("m", "h", ig.Sparse(np.array([0, 1]), np.array([0, 0])))
+    builder.connect("m", "y")
+    builder.connect("h", "y")
+    net = builder.build()
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (found,), _ = lower(net).run(net.tensors(), (x,))
+    assert apart(found, interpret(net, x)) <= 1e-14
