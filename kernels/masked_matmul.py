@@ -258,7 +258,8 @@ class _MaskedDense(torch.autograd.Function):
         x, values, matrix = ctx.saved_tensors
         _, needs_x, needs_values = ctx.needs_input_grad
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
-            return None, *_plain_gradients(mask, x, values, incoming, needs_x, needs_values)
+            function = partial(masked_matmul_reference, mask)
+            return None, *reference_gradients(function, (x, values), (needs_x, needs_values), incoming)
         d_x = row_products(matrix.T, incoming.T) if needs_x else None
         if not needs_values:
             return None, d_x, None
@@ -268,19 +269,6 @@ class _MaskedDense(torch.autograd.Function):
             return None, d_x, d_edges
         places = torch.arange(len(flat)) if index is None else index
         return None, d_x, torch.zeros_like(values).index_add_(0, places, d_edges)
-
-
-def _plain_gradients(
-    mask: Mask, x: Tensor, values: Tensor, incoming: Tensor, needs_x: bool, needs_values: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """What backward returns, in plain torch: differentiable again in all three."""
-    d_x = _matrix(mask, values).T @ incoming if needs_x else None
-    if not needs_values:
-        return d_x, None
-    flat, index = mask.indices(values.device)
-    d_edges = (incoming @ x.T).reshape(-1).index_select(0, flat)
-    places = torch.arange(len(flat), device=flat.device) if index is None else index
-    return d_x, torch.zeros_like(values).index_add(0, places, d_edges)
 
 
 def _differentiated_otherwise() -> bool:

@@ -73,7 +73,7 @@ def forward(
     """act(W x + bias), [rows, B] contiguous; `slopes` [rows, B] has received sigma'(z)."""
     columns, batch = x.shape
     out = x.new_empty(rows, batch)
-    x, values, bias = _strided(x), values.contiguous(), None if bias is None else bias.contiguous()
+    x, values, bias = _strided(x), _vector(values), None if bias is None else _vector(bias)
     parts, width = _parts(of.edges.shape[1], rows, batch, x, may_cut_rows=True)
     cells = (columns + rows) * width
     memory = spare(pieces, cells * len(parts), x)
@@ -103,7 +103,7 @@ def backward(
     `shared`: several edges may have one value.
     """
     columns, batch = x.shape
-    incoming, x, values = _strided(incoming), _strided(x), values.contiguous()
+    incoming, x, values = _strided(incoming), _strided(x), _vector(values)
     parts, width = _parts(2 * of.edges.shape[1], columns, batch, x, may_cut_rows=not shared)
     cells = (rows + 2 * columns) * width
     memory = spare(pieces, cells * len(parts), x)
@@ -144,7 +144,12 @@ def _parts(
 
 def _strided(x: Tensor) -> Tensor:
     """x as it lies, if its rows or its columns lie next to each other."""
-    return x.contiguous() if x.is_neg() or 1 not in x.stride() else x
+    x = x.resolve_neg()
+    return x if 1 in x.stride() else x.contiguous()
+
+
+def _vector(x: Tensor) -> Tensor:
+    return x.resolve_neg().contiguous()
 
 
 def _address(tensor: Tensor | None, row: int = 0) -> int:

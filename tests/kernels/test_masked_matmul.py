@@ -193,6 +193,24 @@ def test_no_rows_no_edges():
             assert torch.equal(y, normal(rows)[:, None].expand(-1, 6))
 
 
+@BOTH
+@pytest.mark.parametrize("which", range(4))
+def test_negated_views_are_read_as_what_they_mean(which, route):
+    """A tensor may hold -x and say so; its memory is what compiled code sees."""
+    structure = random_mask(30, 20, 0.3)
+    shapes = (20, 33), (structure.values,), (30,), (30, 33)
+    plain = [normal(*shape, seed=k) for k, shape in enumerate(shapes)]
+    views = [torch._neg_view(-t) if k == which else t for k, t in enumerate(plain)]
+    assert views[which].is_neg() and views[which].equal(plain[which])
+    results = []
+    for *operands, incoming in (plain, views):
+        leaves = [t.detach().requires_grad_() for t in operands]
+        y = masked_matmul(structure, *leaves, activation="tanh", route=route)
+        results.append((y, *torch.autograd.grad(y, leaves, incoming)))
+    for a, b in zip(*results, strict=True):
+        assert relative(a, b) < 1e-14
+
+
 def test_choose_is_monotone_and_explains_itself(monkeypatch):
     for training in (True, False):
         for batch in (1, 16, 256, 4096):
