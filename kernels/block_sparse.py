@@ -212,10 +212,6 @@ def _moved(kernel: Any, values: Tensor, place: Tensor, length: int) -> Tensor:
     return out
 
 
-def _reference(mask: BlockMask, activation: str, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    return block_sparse_matmul_reference(mask, x, values, bias, activation=activation)
-
-
 class _Blocks(torch.autograd.Function):
     """act(W x + bias) over the blocks that exist. Twice differentiable: the second time through the reference."""
 
@@ -238,7 +234,8 @@ class _Blocks(torch.autograd.Function):
         x, values, bias, padded, y, slopes = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
-            found = reference_gradients(partial(_reference, mask, ctx.activation), (x, values, bias), needs, incoming)
+            reference = partial(block_sparse_matmul_reference, mask, activation=ctx.activation)
+            found = reference_gradients(reference, (x, values, bias), needs, incoming)
             return None, *found, None
         code, batch = ACTIVATIONS[ctx.activation].code, x.shape[1]
         dz = torch.empty_like(y)

@@ -10,6 +10,7 @@ split into three tf32 products, which keeps float32's precision.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from irgrow.kernels import gpu
 from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.activations_triton import activate, slope_of
 from irgrow.kernels.layer_triton import LINE, aligned, in_lines, keeps_slope, lines_of, through_activation
+from irgrow.kernels.shared import reference_gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMNS = 64  # batch columns of a program; 128 spill registers for blocks of 64
@@ -133,7 +135,8 @@ class Blocks(torch.autograd.Function):
         mask: door.BlockMask = ctx.mask.to(x.device)
         needs, batch = ctx.needs_input_grad[1:4], x.shape[1]
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
-            return None, *door._reference_gradients(mask, (x, values, bias), ctx.activation, incoming, needs), None
+            reference = partial(door.block_sparse_matmul_reference, mask, activation=ctx.activation)
+            return None, *reference_gradients(reference, (x, values, bias), needs, incoming), None
         dz, d_bias = through_activation(incoming, y, slopes, ctx.activation, needs[2])
         d_x, d_values = None, None
         if needs[0]:

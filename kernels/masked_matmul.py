@@ -216,7 +216,8 @@ class _Sparse(torch.autograd.Function):
         x, values, bias, y, slopes = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
-            found = reference_gradients(partial(_reference, mask, ctx.activation), (x, values, bias), needs, incoming)
+            reference = partial(masked_matmul_reference, mask, activation=ctx.activation)
+            found = reference_gradients(reference, (x, values, bias), needs, incoming)
             return None, *found, None
         code = ACTIVATIONS[ctx.activation].code
         of, shared = mask.panels(True), mask.index is not None
@@ -224,10 +225,6 @@ class _Sparse(torch.autograd.Function):
             of, mask.rows, incoming, x, values, y, slopes, code, needs, shared, mask.spare
         )
         return None, *found, None
-
-
-def _reference(mask: Mask, activation: str, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    return masked_matmul_reference(mask, x, values, bias, activation=activation)
 
 
 # --- the dense route ------------------------------------------------------------------------------------------

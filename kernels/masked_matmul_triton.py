@@ -10,6 +10,7 @@ there (three widths of the batch tile per dtype).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from irgrow.kernels.activations import ACTIVATIONS
 from irgrow.kernels.activations_triton import activate, slope_of
 from irgrow.kernels.graph import compressed_rows
 from irgrow.kernels.layer_triton import LINE, accumulator, aligned, in_lines, keeps_slope, lines_of, through_activation
+from irgrow.kernels.shared import reference_gradients
 
 _TILES = {16: 64, 64: 16, 256: 8}  # batch columns of a program: parents it fetches at once
 _EDGES, _SUMMED = 32, 32  # edges of a program of sampled products, batch columns it sums up at once
@@ -153,7 +155,8 @@ class Masked(torch.autograd.Function):
         x, values, bias, lines, y, slopes = ctx.saved_tensors
         needs, batch = ctx.needs_input_grad[1:4], x.shape[1]
         if torch.is_grad_enabled() or not torch._C._has_storage(incoming):  # differentiated again, or batched
-            return None, *_reference_gradients(mask, (x, values, bias), ctx.activation, incoming, needs), None
+            reference = partial(door.masked_matmul_reference, mask, activation=ctx.activation)
+            return None, *reference_gradients(reference, (x, values, bias), needs, incoming), None
         _, column, index, *transposed, row, of_value, edge = structure(mask, x.device)
         dz, d_bias = through_activation(incoming, y, slopes, ctx.activation, needs[2])
         d_x, d_values = None, None
@@ -170,19 +173,3 @@ class Masked(torch.autograd.Function):
             operands = (of_value, edge, d_edges, d_values, len(values), mask.values)
             gpu.launch(_shared, (triton.cdiv(len(values), _SHARING),), x, *operands, **constants)
         return None, d_x, d_values, d_bias, None
-
-
-def _reference_gradients(
-    mask: door.Mask,
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    activation: str,
-    incoming: Tensor,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The gradients by differentiating the reference; differentiable again."""
-    with torch.enable_grad():
-        aliases = [None if t is None else t.view_as(t) for t in operands]
-        wanted = [a.requires_grad_() if not a.requires_grad else a for a, n in zip(aliases, needs, strict=True) if n]
-        y = door.masked_matmul_reference(mask, *aliases, activation=activation)
-        found = iter(torch.autograd.grad(y, wanted, incoming, create_graph=torch.is_grad_enabled()))
-    return tuple(next(found) if need else None for need in needs)

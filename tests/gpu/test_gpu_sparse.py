@@ -133,6 +133,17 @@ def test_second_derivatives_are_the_references(device: str) -> None:
     assert max(apart(a, b) for a, b in zip(*second, strict=True)) <= 1e-12
 
 
+def test_second_derivatives_of_blocks_are_the_references(device: str) -> None:
+    structure = block_mask(torch.tensor([[True, False], [True, True]]), 16)
+    second = []
+    for function, named in ((block_sparse_matmul, {"route": "blocks"}), (block_sparse_matmul_reference, {})):
+        leaves = [(t / 4).requires_grad_() for t in blocks(structure, 3, torch.float32, device)]
+        y = function(structure, *leaves, activation="tanh", **named)
+        (first,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
+        second.append(torch.autograd.grad((first**2).sum(), leaves))
+    assert max(apart(a, b) for a, b in zip(*second, strict=True)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("size", "batch", "activation"),
     [
